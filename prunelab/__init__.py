@@ -1,0 +1,54 @@
+"""prunelab: see what pruning does to a network before it is done.
+
+>>> import prunelab as pl
+>>> program = pl.trace(model, example)
+>>> profile = pl.profile(program, loader)
+>>> plan = pl.Plan(criterion="apoz").set("conv2", ratio=0.5)
+>>> small = pl.commit(program, plan.resolve(program, profile))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prunelab.commit import commit as commit
+from prunelab.criteria import register as register
+from prunelab.criteria.registry import available as criteria_names
+from prunelab.errors import PruneLabError as PruneLabError
+from prunelab.plan import Plan as Plan, Setting as Setting
+from prunelab.preview import Estimate as Estimate, Preview as Preview
+from prunelab.profile.capture import Profile as Profile, profile as profile
+from prunelab.program.program import Program as Program, cost as cost, sliced_masks as sliced_masks, trace as trace
+from prunelab.program.selection import DENSE as DENSE, Selection as Selection
+from prunelab.progress import Stopped as Stopped
+from prunelab.train.finetune import finetune as finetune
+
+if TYPE_CHECKING:
+    from prunelab import datasets as datasets, zoo as zoo
+    from prunelab.explorer.app import explore as explore
+    from prunelab.explorer.lab import Lab as Lab
+
+__version__ = "0.1.0"
+
+# Imported when asked for: they need more than torch, and the explorer needs a widget library.
+_LATER = {
+    "Lab": "prunelab.explorer.lab",
+    "explore": "prunelab.explorer.app",
+    "zoo": "prunelab",
+    "datasets": "prunelab",
+}
+
+__all__ = [
+    *("DENSE", "Estimate", "Lab", "Plan", "Preview", "Profile", "Program", "PruneLabError", "Selection", "Setting"),
+    *("Stopped", "commit", "cost", "criteria_names", "datasets", "explore", "finetune", "profile", "register"),
+    *("sliced_masks", "trace", "zoo"),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("zoo", "datasets"):
+        return import_module(f"prunelab.{name}")
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'prunelab' has no attribute {name!r}")

@@ -1,0 +1,121 @@
+"""Files of the profile: addressed by content, written whole or not at all, read without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunelab.errors import PruneLabError
+from prunelab.profile.statistics import Array, Statistics
+
+FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """Where profiles are kept: ``$PRUNELAB_CACHE``, else ``prunelab`` in the user's cache folder."""
+    named = os.environ.get("PRUNELAB_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelab"
+
+
+def digest_tensor(hasher: Any, tensor: Tensor) -> None:
+    """Feed a tensor's type, shape and bytes to a hash."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    hasher.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+
+
+def digest_data(data: Any) -> str:
+    """A name for a data set's content.
+
+    A set with a ``fingerprint()`` names itself; tensors held in memory are hashed whole. Other sets are told apart by
+    their type, length and 64 items spread evenly, since hashing all of a large set costs as much as profiling it.
+    """
+    dataset = getattr(data, "dataset", data)
+    if callable(getattr(dataset, "fingerprint", None)):
+        return str(dataset.fingerprint())
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(type(dataset).__name__.encode())
+    tensors = getattr(dataset, "tensors", None)
+    if tensors is not None and all(isinstance(t, Tensor) for t in tensors):
+        for tensor in tensors:
+            digest_tensor(hasher, tensor)
+    elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        length = len(dataset)
+        hasher.update(str(length).encode())
+        for i in np.unique(np.linspace(0, length - 1, min(64, length)).astype(int)).tolist():
+            for part in torch.utils._pytree.tree_leaves(dataset[i]):
+                digest_tensor(hasher, part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)))
+    else:
+        # A stream cannot be named without reading it.
+        return uuid.uuid4().hex
+    return hasher.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Room left on the disk that holds a folder."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def write(folder: Path, meta: Mapping[str, Any], stats: Mapping[str, Statistics], activations: Mapping[str, Tensor]) -> None:
+    """Write a profile beside its place, then rename: a reader sees all of it or nothing.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        beside.mkdir()
+        tensors = {f"{site}/{k}": torch.from_numpy(np.array(v)) for site, s in stats.items() for k, v in s.arrays().items()}
+        save_file(tensors, beside / "statistics.safetensors")
+        save_file({k: v.contiguous() for k, v in activations.items()}, beside / "activations.safetensors")
+        (beside / "profile.json").write_text(json.dumps({"format": FORMAT, **meta}, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Statistics], dict[str, Tensor]]:
+    """Read a profile; its activations are memory-mapped, not loaded.
+
+    Raises:
+        PruneLabError: the files are damaged, incomplete or not a profile.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    try:
+        meta = json.loads((folder / "profile.json").read_text())
+        if meta.get("format") != FORMAT:
+            raise PruneLabError(f"The profile in {folder} was written by another version of prunelab.")
+        arrays: dict[str, dict[str, Array]] = {}
+        for key, tensor in load_file(folder / "statistics.safetensors").items():
+            site, _, name = key.partition("/")
+            arrays.setdefault(site, {})[name] = tensor.numpy()
+        stats = {site: Statistics.from_arrays(found) for site, found in arrays.items()}
+        with safe_open(folder / "activations.safetensors", framework="pt") as file:
+            activations = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    except PruneLabError:
+        raise
+    except Exception as error:
+        raise PruneLabError(f"The profile in {folder} is damaged or not prunelab's ({error}); delete the folder.") from error
+    return meta, stats, activations

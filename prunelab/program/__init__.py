@@ -1,0 +1,1 @@
+"""The traced network: nodes, channel classes, layers, cost, and the interpreter."""

@@ -1,0 +1,168 @@
+"""Closed-form cost: parameters, MACs and FLOPs as products of sizes that are linear in what each layer keeps.
+
+A term is ``coefficient · Π sizes``; a size is ``constant + Σ times · kept[layer]``. The same terms go to the browser, so
+that it can do the same arithmetic while a hand moves a slider.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunelab.program.channels import Structure
+from prunelab.program.ids import FIXED, Ids
+from prunelab.program.nodes import Node
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Size:
+    """A linear form: ``constant + Σ times[k] · kept[layer[k]]``."""
+
+    constant: int
+    layers: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, kept: list[int]) -> int:
+        value = self.constant
+        for layer, times in self.layers:
+            value += times * kept[layer]
+        return value
+
+
+@dataclass(frozen=True)
+class Term:
+    """``coefficient · Π sizes``, with the parameter (``state``) or the node (``module``) it stands for."""
+
+    coefficient: int
+    sizes: tuple[Size, ...]
+    name: str
+    dtype_bytes: int = 0
+
+    def __call__(self, kept: list[int]) -> int:
+        value = self.coefficient
+        for size in self.sizes:
+            value *= size(kept)
+        return value
+
+
+@dataclass(frozen=True)
+class Terms:
+    """All terms of a network: one per parameter (and buffer), one per multiply-accumulating operator."""
+
+    params: tuple[Term, ...]
+    buffers: tuple[Term, ...]
+    macs: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network weighs and costs for one image.
+
+    Attributes:
+        params: parameters.
+        nonzero: parameters that no weight mask zeroes.
+        macs: multiply-accumulates per image.
+        bytes: size of parameters and buffers in their own precision.
+    """
+
+    params: int
+    nonzero: int
+    macs: int
+    bytes: int
+    rows: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per image, 2·MACs, as ``torch.utils.flop_counter`` counts them."""
+        return 2 * self.macs
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line per module: parameters and FLOPs."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.rows, columns=["module", "params", "flops"])
+        return frame.groupby("module", sort=False).sum()
+
+    def __str__(self) -> str:
+        return f"{self.params:,} parameters, {self.flops:,} FLOPs per image, {self.bytes:,} bytes"
+
+
+def terms(nodes: tuple[Node, ...], structure: Structure, parameters: dict[str, int], buffers: dict[str, int]) -> Terms:
+    """Terms of every parameter, buffer and operator.
+
+    Args:
+        parameters: bytes per element of every parameter, by name; ``buffers`` likewise.
+    """
+    size = _sizer(structure)
+    found: dict[str, Term] = {}
+    for node in nodes:
+        if node.kind == "state" and node.target not in found and node.shape is not None:
+            dims = structure.values[node.index]
+            assert isinstance(dims, tuple)
+            width = parameters.get(node.target, buffers.get(node.target, 0))
+            sizes = [size(ids, n) for ids, n in zip(dims, node.shape, strict=True)]
+            found[node.target] = _term(1, sizes, node.target, width)
+    return Terms(
+        params=tuple(found[n] for n in parameters if n in found),
+        buffers=tuple(found[n] for n in buffers if n in found),
+        macs=tuple(t for node in nodes for t in _macs(node, nodes, structure, size)),
+    )
+
+
+def _sizer(structure: Structure) -> Callable[[Ids | None, int], Size]:
+    widths = [layer.channels for layer in structure.layers]
+    cache: dict[int, Size] = {}
+
+    def size(ids: Ids | None, length: int) -> Size:
+        if ids is None:
+            return Size(length)
+        if id(ids) not in cache:
+            owners = structure.owner[structure.label[ids]]
+            owners = np.where(ids == FIXED, -1, owners)
+            counts: NDArray[np.int64] = np.bincount(owners + 1, minlength=len(widths) + 1)
+            pairs = tuple((int(k), int(counts[k + 1]) // widths[k]) for k in np.flatnonzero(counts[1:]))
+            cache[id(ids)] = Size(int(counts[0]), pairs)
+        return cache[id(ids)]
+
+    return size
+
+
+def _term(coefficient: int, sizes: list[Size], name: str, width: int = 0) -> Term:
+    """Constant sizes go into the coefficient."""
+    constants = [s.constant for s in sizes if not s.layers]
+    return Term(coefficient * math.prod(constants), tuple(s for s in sizes if s.layers), name, width)
+
+
+def _macs(node: Node, nodes: tuple[Node, ...], structure: Structure, size: Any) -> list[Term]:
+    """Multiply-accumulates of one operator per image; empty for operators that the FLOP counter counts as free."""
+
+    def sizes(index: int) -> list[Size]:
+        dims, shape = structure.values[index], nodes[index].shape
+        assert isinstance(dims, tuple) and shape is not None
+        return [size(ids, n) for ids, n in zip(dims, shape, strict=True)]
+
+    def of(argument: str) -> list[Size]:
+        return sizes(node.args[argument].index)
+
+    name = node.opname
+    if name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+        weight = of("weight")
+        return [_term(1, [*weight, *of("input")[2 - len(weight) :]], node.module)]
+    if name in ("conv1d", "conv2d", "conv3d"):
+        weight = of("weight")
+        return [_term(1, [*weight, *sizes(node.index)[2 - len(weight) :]], node.module)]
+    if name == "linear":
+        return [_term(1, [*of("input")[:-1], *of("weight")], node.module)]
+    if name in ("matmul", "bmm", "mm"):
+        return [_term(1, [of(next(iter(node.args)))[-1], *sizes(node.index)], node.module)]
+    if name == "scaled_dot_product_attention":
+        q, k, v = of("query"), of("key"), of("value")
+        return [_term(1, [*q, k[-2]], node.module), _term(1, [*q[:-1], k[-2], v[-1]], node.module)]
+    return []

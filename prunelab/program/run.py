@@ -1,0 +1,245 @@
+"""The interpreter: runs the program on images, whole or with a selection's weights sliced, without the user's module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prunelab.program.ids import FIXED, Ids
+from prunelab.program.nodes import Node, map_refs
+from prunelab.program.rules import whole_groups
+from prunelab.program.selection import DENSE, Selection
+
+if TYPE_CHECKING:
+    from prunelab.program.program import Program
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program with a selection's weights sliced once, ready to run on many batches.
+
+    Attributes:
+        states: the tensor of every state node, by node index.
+        args: arguments of the nodes whose literals change with the cut (shapes in a view, groups of a convolution).
+    """
+
+    program: Program
+    states: Mapping[int, Tensor]
+    args: Mapping[int, Mapping[str, Any]]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The network's (first) output for a batch."""
+        outputs = self.run(inputs, ())[0]
+        first = next(o for o in outputs if isinstance(o, Tensor))
+        return first
+
+    def run(self, inputs: tuple[Any, ...], keep: Collection[int]) -> tuple[tuple[Any, ...], dict[int, Tensor]]:
+        """Run a batch.
+
+        Args:
+            inputs: the arguments of forward, flattened; the first has shape ``(images, …)``.
+            keep: nodes whose values are wanted.
+
+        Returns:
+            the outputs (leaves, in order) and the wanted values by node index.
+        """
+        program = self.program
+        values: dict[int, Any] = {}
+        feed = iter(inputs)
+        kept: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for node in program.nodes:
+                values[node.index] = self._value(node, values, feed)
+                if node.index in keep:
+                    kept[node.index] = values[node.index]
+                for dead in program.last_used[node.index]:
+                    del values[dead]
+        return tuple(map_refs(o, values.__getitem__) for o in program.outputs), kept
+
+    def _value(self, node: Node, values: Mapping[int, Any], feed: Any) -> Any:
+        if node.kind == "state":
+            return self.states[node.index]
+        if node.kind == "input":
+            return next(feed)
+        args = self.args.get(node.index, node.args)
+        filled = {name: map_refs(a, values.__getitem__) for name, a in args.items()}
+        assert node.op is not None
+        if hasattr(node.op, "_schema"):
+            return node.op(**filled)
+        return node.op(*filled.values())
+
+
+def removed_labels(program: Program, selection: Selection) -> NDArray[np.bool_]:
+    """For every channel class, whether the selection removes it: shape ``(ids,)``, indexed by label."""
+    gone = np.zeros(len(program.structure.label), bool)
+    for name, kept in selection.kept.items():
+        labels = program.layer(name).labels
+        gone[labels] = True
+        gone[labels[list(kept)]] = False
+    return gone
+
+
+def kept_index(ids: Ids | None, label: Ids, gone: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    """Positions along a dimension that stay, or None when all do."""
+    if ids is None:
+        return None
+    lost = gone[label[ids]] & (ids != FIXED)
+    return np.flatnonzero(~lost) if lost.any() else None
+
+
+def slice_states(
+    program: Program, selection: Selection, tensor: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Every parameter and buffer of the program with the selection's channels cut out and its masks applied.
+
+    Args:
+        tensor: gives the uncut tensor of a state name.
+    """
+    gone = removed_labels(program, selection)
+    label = program.structure.label
+    sliced: dict[str, Tensor] = {}
+    for node in program.nodes:
+        if node.kind != "state" or node.target in sliced:
+            continue
+        value = tensor(node.target)
+        if node.target in selection.masks:
+            value = value * selection.masks[node.target].to(value.device, value.dtype)
+        dims = program.structure.values[node.index]
+        assert isinstance(dims, tuple)
+        for dim, ids in enumerate(dims):
+            index = kept_index(ids, label, gone)
+            if index is not None:
+                value = value.index_select(dim, torch.from_numpy(index).to(value.device))
+        sliced[node.target] = value
+    return sliced
+
+
+def bind(program: Program, selection: Selection = DENSE, tensor: Callable[[str], Tensor] | None = None) -> Bound:
+    """Slice the weights for a selection and rewrite the literals that depend on it."""
+    with torch.no_grad():
+        states = slice_states(program, selection, tensor or program.state)
+    by_node = {n.index: states[n.target] for n in program.nodes if n.kind == "state"}
+    return Bound(program, by_node, rebound_args(program, selection))
+
+
+def rebound_args(program: Program, selection: Selection) -> dict[int, dict[str, Any]]:
+    """New arguments for nodes with literals that depend on what is removed."""
+    if not selection.kept:
+        return {}
+    gone = removed_labels(program, selection)
+    structure = program.structure
+
+    def count(ids: Ids) -> int:
+        return int((~(gone[structure.label[ids]] & (ids != FIXED))).sum())
+
+    changed: dict[int, dict[str, Any]] = {}
+    for index in program.literal_nodes:
+        node = program.nodes[index]
+        new = _REBIND[node.opname](program, node, count)
+        if new:
+            changed[index] = {**node.args, **new}
+    return changed
+
+
+def _dims(program: Program, index: int) -> tuple[Ids | None, ...]:
+    value = program.structure.values[index]
+    return value if isinstance(value, tuple) else ()
+
+
+def _new_sizes(program: Program, node: Node, count: Callable[[Ids], int], name: str, skip: int) -> dict[str, Any]:
+    """A shape literal: entries that stand for removable dimensions follow what is kept."""
+    dims = _dims(program, node.index)[skip:]
+    old = node.args[name]
+    sizes = [
+        count(ids) if ids is not None and isinstance(size, int) and size != -1 else size
+        for ids, size in zip(dims, old, strict=False)
+    ]
+    return {name: [*sizes, *old[len(sizes) :]]}
+
+
+def _view(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    name = "shape" if "shape" in node.args else "size"
+    return _new_sizes(program, node, count, name, 0)
+
+
+def _unflatten(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    source = program.nodes[node.args["self"].index].shape
+    assert source is not None
+    return _new_sizes(program, node, count, "sizes", int(node.args["dim"]) % len(source))
+
+
+def _slice(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    dims = _dims(program, node.args["self"].index)
+    ids = dims[int(node.args["dim"]) % len(dims)]
+    if ids is None:
+        return {}
+    length = len(ids)
+    start, end, step = slice(node.args["start"], node.args["end"], node.args["step"]).indices(length)
+    return {"start": count(ids[:start]), "end": count(ids[:end]), "step": step}
+
+
+def _split(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    dims = _dims(program, node.args["self"].index)
+    axis = int(node.args.get("dim", 0)) % len(dims)
+    if dims[axis] is None:
+        return {}
+    parts = program.structure.values[node.index]
+    assert isinstance(parts, list)
+    sizes = [count(ids) for part in parts if (ids := part[axis]) is not None]
+    name = "split_sizes" if "split_sizes" in node.args else "split_size"
+    return {name: sizes if isinstance(node.args[name], list) else sizes[0]}
+
+
+def _groups(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    weight = node.args["weight"]
+    shape = program.nodes[weight.index].shape
+    ids = _dims(program, weight.index)[0]
+    if shape is None or ids is None or not whole_groups(node, shape):
+        return {}
+    return {"groups": count(ids) * int(node.args["groups"]) // shape[0]}
+
+
+def _normalized_shape(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    old = node.args["normalized_shape"]
+    dims = _dims(program, node.args["input"].index)[-len(old) :]
+    return {"normalized_shape": [n if ids is None else count(ids) for ids, n in zip(dims, old, strict=True)]}
+
+
+_REBIND: dict[str, Callable[[Any, Node, Callable[[Ids], int]], dict[str, Any]]] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _view),
+    "unflatten": _unflatten,
+    "slice": _slice,
+    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
+}
+
+
+def literal_nodes(nodes: tuple[Node, ...]) -> tuple[int, ...]:
+    """Nodes with literals that a cut may have to rewrite."""
+    return tuple(
+        n.index
+        for n in nodes
+        if n.opname in _REBIND and (not n.opname.startswith("conv") or int(n.args.get("groups", 1)) > 1)
+    )
+
+
+def last_used(nodes: tuple[Node, ...], outputs: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    """For every node, the values that nobody reads after it."""
+    last = {n.index: n.index for n in nodes}
+    for node in nodes:
+        for i in node.inputs:
+            last[i] = node.index
+    for output in outputs:
+        map_refs(output, lambda i: last.update({i: len(nodes)}))
+    dead: list[list[int]] = [[] for _ in nodes]
+    for value, at in last.items():
+        if at < len(nodes):
+            dead[at].append(value)
+    return tuple(tuple(d) for d in dead)

@@ -1,0 +1,49 @@
+"""A selection: exactly which channels stay and which single weights are zeroed. What preview, cost and commit all read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A plan resolved against a program and a profile.
+
+    Attributes:
+        kept: for every layer that loses channels, the channels that stay, ascending.
+        masks: for every weight with single weights removed, a boolean tensor of the weight's own (uncut) shape,
+            True where the weight stays.
+    """
+
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", MappingProxyType(dict(self.kept)))
+        object.__setattr__(self, "masks", MappingProxyType(dict(self.masks)))
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the content: equal selections have equal digests."""
+        text = hashlib.blake2b(repr(sorted(self.kept.items())).encode(), digest_size=12)
+        for name in sorted(self.masks):
+            text.update(name.encode())
+            text.update(self.masks[name].to(torch.uint8).cpu().numpy().tobytes())
+        return text.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Selection) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+DENSE = Selection()
+"""Nothing removed."""

@@ -1,0 +1,55 @@
+"""Progress and stopping of long work, the same for a script, a notebook and the explorer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+Progress = Callable[[int, int | None, str], bool | None]
+"""Called with (done, total, what) after each step; returning False stops the work at that point."""
+
+
+class Stopped(Exception):
+    """Long work was asked to stop; what it had finished is kept, nothing is half-written."""
+
+
+def track(items: Iterable[T], what: str, total: int | None, progress: Progress | bool = True) -> Iterator[T]:
+    """Iterate with progress.
+
+    Args:
+        progress: True shows a progress bar (tqdm), False shows nothing, a function is called after every item.
+
+    Raises:
+        Stopped: the function returned False.
+    """
+    if progress is True:
+        yield from _bar(items, what, total)
+        return
+    for done, item in enumerate(items, start=1):
+        yield item
+        if callable(progress) and progress(done, total, what) is False:
+            raise Stopped(what)
+
+
+_said: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """Tell the user something that is worth knowing once in a process."""
+    if text not in _said:
+        _said.add(text)
+        print(text, file=sys.stderr)
+
+
+def _bar(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+    bar: Any = items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # a bare machine with torch alone
+        pass
+    else:
+        bar = tqdm(items, desc=what, total=total, leave=False)
+    yield from bar

@@ -1,0 +1,1 @@
+"""Recovering accuracy after a cut."""
