@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -48,7 +49,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the ``prunelab`` command and return its exit status: 0 done, 2 for input that cannot be used.
+    """Run the ``prunelab`` command and return its exit status: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 
     Args:
         argv: the arguments after the command's name; those of the process if left out.
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PruneLabError as error:
         print(f"prunelab: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prunelab: stopped.", file=sys.stderr)
+        return 130
 
 
 def version() -> str:
@@ -119,6 +123,8 @@ def _lab(arguments: argparse.Namespace) -> int:
         from jupyterlab.labapp import LabApp
 
         LabApp.launch_instance(server_arguments(folder, port, token, start_page))
+        # A second, impatient Ctrl-C must not break off the tidying up.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("JupyterLab has stopped.")
     return 0
 
@@ -169,7 +175,7 @@ def server_environment(environment: Mapping[str, str], defaults: Path) -> dict[s
     places = [str(defaults), *filter(None, [environment.get("JUPYTER_CONFIG_PATH")])]
     return {
         "JUPYTER_CONFIG_PATH": os.pathsep.join(places),
-        # The notebooks must run in the Python that has prunelab, even if this user registered another kernel.
+        # The notebooks must run in the Python that has prunelab, even if the user registered another kernel.
         "JUPYTER_PREFER_ENV_PATH": environment.get("JUPYTER_PREFER_ENV_PATH") or "1",
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -187,8 +187,13 @@ class Plan:
         except Exception as error:
             raise PruneLabError(f"This is not a plan in Python: {error}.") from error
 
-    def resolve(self, program: Program, profile: Profile | None = None) -> Selection:
+    def resolve(
+        self, program: Program, profile: Profile | None = None, score: Callable[[Layer], Scores] | None = None
+    ) -> Selection:
         """Which channels stay and which single weights are zeroed.
+
+        Args:
+            score: gives a layer's scores if they are known already; computed by the plan's criterion unless given.
 
         Raises:
             PruneLabError: a layer that is unknown, pinned or set twice, a channel that does not exist, a layer's last
@@ -196,6 +201,7 @@ class Plan:
         """
         if self.network and self.network != program.digest:
             raise PruneLabError("This plan was made for another network; its layers are not those of this one.")
+        score = score or (lambda layer: scores(program, profile, self.criterion, layer, self.seed))
         kept: dict[str, tuple[int, ...]] = {}
         masks: dict[str, Tensor] = {}
         seen: dict[str, str] = {}
@@ -211,15 +217,10 @@ class Plan:
             if setting.grain == "weight":
                 masks.update(_weight_masks(program, layer, setting))
                 continue
-            gone = removed(setting, self._scores(program, profile, layer, setting), layer)
+            gone = removed(setting, np.zeros(0) if setting.rule == "manual" else score(layer), layer)
             if gone.size:
                 kept[layer.name] = tuple(sorted(set(range(layer.channels)) - set(gone.tolist())))
         return Selection(kept, masks)
-
-    def _scores(self, program: Program, profile: Profile | None, layer: Layer, setting: Setting) -> Scores:
-        if setting.rule == "manual":
-            return np.zeros(layer.channels)
-        return scores(program, profile, self.criterion, layer, self.seed)
 
 
 def _from_tree(tree: ast.expr) -> Plan:

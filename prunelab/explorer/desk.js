@@ -301,7 +301,8 @@ function setSlider(input, value, words) {
 
 /** The cells every kind of row has: name, units kept, shares. */
 function commonCells(first) {
-  const [name, kind, kept, note] = ["name", "kind", "number", "kind"].map((part) => h("div", { class: `pl-${part}` }));
+  const [kind, kept, note] = ["kind", "number", "kind"].map((part) => h("div", { class: `pl-${part}` }));
+  const name = h("div", { class: "pl-name" }, h("span"), h("span"));
   const title = h("th", { scope: "row", class: "c-name", tabindex: first.pinned ? 0 : null }, name, kind);
   const lines = ["parameters", "FLOPs"].map((what) => ({ what, bar: span("pl-bar"), text: span("pl-number") }));
   const share = cell("share", ...lines.map(({ bar, text }) => h("div", { class: "pl-share" }, bar, text)));
@@ -315,7 +316,9 @@ function commonCells(first) {
     setText(note, words);
   };
   const update = (row, units, words, largest) => {
-    setText(name, row.name);
+    const tail = row.name.length - row.name.split(".").slice(-2).join(".").length;
+    setText(name.firstChild, row.name.slice(0, tail));
+    setText(name.lastChild, row.name.slice(tail));
     setText(kind, row.members > 1 ? `${row.kind} · ${row.members} coupled` : row.kind);
     setAttribute(title, "title", `${row.name} (${kind.textContent})`);
     setKept(units, row.channels, words);
@@ -456,11 +459,12 @@ function makeTable() {
       group.body.append(...members.map((row) => views.get(row.name).node));
       bodies.push(...(stage ? [group.head, group.body] : [group.body]));
     }
-    if (!rows.length) bodies.push(h("tbody", {}, h("tr", {}, h("td", { class: "c-wide", colspan: 8 }, "No layers yet."))));
+    const nothing = h("tr", {}, h("td", { class: "c-wide", colspan: COLUMNS.length }, "No layers yet."));
+    if (!rows.length) bodies.push(h("tbody", {}, nothing));
     table.append(...bodies);
     node.scrollTop = top;
-    const same = ({ dataset }) => dataset.layer === focus.layer && dataset.field === focus.field;
-    [...table.querySelectorAll("[data-field]")].find(same)?.focus({ preventScroll: true });
+    const held = ({ dataset }) => dataset.layer === focus.layer && dataset.field === focus.field;
+    [...table.querySelectorAll("[data-field]")].find(held)?.focus({ preventScroll: true });
   };
   const update = (rows, entryOf, grains, selected) => {
     const now = JSON.stringify(rows.map((row) => [row.name, Boolean(row.pinned), row.stage]));
@@ -469,7 +473,8 @@ function makeTable() {
     const largest = rows.reduce((most, row) => Math.max(most, row.params_share, row.flops_share), 0);
     for (const row of rows) {
       const [view, entry] = [views.get(row.name), entryOf(row)];
-      if (view.row !== row || view.entry !== entry || view.grains !== grains) view.update(row, entry, { grains, largest });
+      const same = view.row === row && view.entry === entry && view.grains === grains;
+      if (!same) view.update(row, entry, { grains, largest });
       Object.assign(view, { row, entry, grains });
       setAttribute(view.node, "aria-current", row.name === selected ? "true" : null);
     }

@@ -1,0 +1,109 @@
+# Two commands matter: `make lab` opens the explorer in JupyterLab, `make test` checks everything. `make help` lists the rest.
+# Both install into .venv, which sees nothing of the machine's other Python packages.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# A search path or pip setting of the user's must not leak into the environment or the tests.
+unexport PYTHONPATH PYTHONHOME
+export PIP_USER := 0
+export PYTHONNOUSERSITE := 1
+
+# The user's own Jupyter and IPython settings, and prunelab's cache, stay out of a run: `$(APART) command`.
+APART = apart=$$(mktemp -d) && trap 'rm -rf "$$apart"' EXIT && \
+	env JUPYTER_CONFIG_DIR="$$apart/config" JUPYTER_DATA_DIR="$$apart/data" \
+	JUPYTER_RUNTIME_DIR="$$apart/runtime" IPYTHONDIR="$$apart/ipython" PRUNELAB_CACHE="$$apart/cache"
+
+FIND_CHROMIUM = { test -x "$$PRUNELAB_CHROMIUM" || command -v chromium || command -v chromium-browser || \
+	command -v google-chrome || command -v google-chrome-stable; } > /dev/null
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help lab test lint types unit notebooks browser bench fuzz chromium format clean
+
+help:
+	@echo "make lab        install, then open the explorer in JupyterLab (options: make lab LAB='--no-browser --port 9000')"
+	@echo "make test       install, then run lint, types, unit, notebooks and browser"
+	@echo "make lint       ruff: rules and layout        make format     let ruff repair both"
+	@echo "make types      mypy --strict"
+	@echo "make unit       the unit tests"
+	@echo "make notebooks  run every notebook from top to bottom"
+	@echo "make browser    drive the explorer in a headless Chromium"
+	@echo "make bench      timings, printed and checked against their budgets"
+	@echo "make fuzz       the property tests again, with many more examples"
+	@echo "make clean      remove .venv and everything built (your notebooks in playground/ stay)"
+
+lab: $(VENV)/.lab
+	@$(PY) -m prunelab lab --folder playground $(LAB)
+
+test: $(VENV)/.test chromium lint types unit notebooks browser
+	@echo "Everything passed."
+
+lint: $(VENV)/.test
+	@echo "Lint: rules, then layout."
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(VENV)/.test
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+types: $(VENV)/.test
+	@echo "Types: mypy --strict."
+	@$(PY) -m mypy --strict prunelab
+
+unit: $(VENV)/.test
+	@echo "Unit tests."
+	@$(APART) $(PY) -m pytest
+
+notebooks: $(VENV)/.test
+	@echo "Notebooks, each from top to bottom."
+	@$(APART) $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+
+browser: $(VENV)/.test chromium
+	@echo "Browser tests."
+	@$(APART) $(PY) -m pytest tests/browser
+
+bench: $(VENV)/.test
+	@$(APART) $(PY) -m pytest -s tests/bench
+
+fuzz: $(VENV)/.test
+	@$(APART) HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest tests/fuzz
+
+chromium:
+	@if $(FIND_CHROMIUM); then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "Installing Chromium for the browser tests."; \
+		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium || true; \
+	fi
+	@if $(FIND_CHROMIUM); then :; \
+	elif [ "$$CI" = true ]; then \
+		echo "Chromium is missing and could not be installed, so the browser tests cannot run."; exit 1; \
+	else \
+		echo "Chromium was not found, so the browser tests will be skipped; install Chromium or Google Chrome," \
+			"or name its executable in PRUNELAB_CHROMIUM."; \
+	fi
+
+# The stamps make a second run quick: pip is asked again only when the requirements have changed.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "prunelab needs Python 3.11 or later; name one with: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu install python3-venv."; exit 1; }
+	@touch $@
+
+$(VENV)/.lab: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing prunelab into $(VENV): several GB with PyTorch, a few minutes the first time."
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing prunelab and its test tools into $(VENV): several GB with PyTorch, a few minutes the first time."
+	@$(PIP_INSTALL) --editable '.[test]'
+	@touch $(VENV)/.lab $@
+
+clean:
+	@rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find prunelab tests data notebooks -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true

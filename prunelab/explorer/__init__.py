@@ -1,0 +1,1 @@
+"""The lab, and the widget over it. Nothing here is imported by the rest of prunelab."""

@@ -1,0 +1,365 @@
+"""The explorer: the desk, the pictures beside it and the controls below, over one lab."""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as w
+from torch import nn
+
+from prunelab.criteria.registry import available
+from prunelab.errors import PruneLabError
+from prunelab.explorer import plots
+from prunelab.explorer.desk import (
+    Desk,
+    estimate_of,
+    figures_of,
+    header_of,
+    layers_of,
+    plan_of,
+    rows_of,
+    terms_of,
+)
+from prunelab.explorer.lab import Lab
+from prunelab.explorer.worker import Worker
+from prunelab.plan import AVAILABLE_GRAINS, Plan
+from prunelab.preview import Estimate
+from prunelab.train.finetune import Epoch
+
+# Two changes closer than this are one movement of the hand: one step of undo.
+_ONE_MOVEMENT = 1.0
+
+
+def explore(model: nn.Module | Lab, train: Any = None, val: Any = None, **settings: Any) -> Explorer:
+    """Open the explorer on a trained network.
+
+    Args:
+        model: the network, or a :class:`Lab`.
+        train: Dataset or DataLoader of (image, label): profiled and fine-tuned on.
+        val: Dataset or DataLoader of (image, label): accuracy is measured on it.
+        settings: as for :class:`Lab`.
+
+    Raises:
+        PruneLabError: the network or the data cannot be used.
+    """
+    if isinstance(model, Lab):
+        return Explorer(model)
+    if train is None or val is None:
+        raise PruneLabError("explore needs the data too: explore(model, train, val).")
+    return Explorer(Lab(model, train, val, **settings))
+
+
+class Explorer(w.VBox):
+    """The widget. Everything it does is one call on ``lab``; what it shows is read back from there."""
+
+    def __init__(self, lab: Lab) -> None:
+        """
+        Args:
+            lab: what is explored; ``explorer.lab`` afterwards.
+        """
+        self.lab = lab
+        self._worker = Worker(self._failed)
+        # Widget callbacks arrive on other threads than the worker: whoever changes the lab holds this.
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._long = False
+        self._last_edit = (0.0, "")
+        self.desk = Desk()
+        self._scatter, self._details = w.Image(format="png"), w.Image(format="png")
+        self._build()
+        super().__init__([self._columns, self._controls, self._files], layout=w.Layout(width="100%"))
+        self.add_class("prunelab")
+        if lab.profile is None:
+            lab.run_profile()
+        self._show_network()
+        self.desk.observe(self._on_edit, "edits")
+        self.desk.observe(self._on_view, ["selected", "dark"])
+        self.desk.on_msg(self._on_message)
+
+    # Layout -----------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        self._desk_box = w.Box([self.desk], layout=w.Layout(flex="3 1 600px", min_width="0"))
+        pictures = w.VBox([self._scatter, self._details], layout=w.Layout(flex="1 1 320px", min_width="0", max_width="520px"))
+        for picture in (self._scatter, self._details):
+            picture.layout = w.Layout(width="100%", height="auto", object_fit="contain")
+        self._columns = w.Box([self._desk_box, pictures], layout=w.Layout(display="flex", flex_flow="row wrap", width="100%"))
+        self._criterion = w.Dropdown(options=available(), value=self.lab.plan.criterion, description="criterion",
+                                     layout=w.Layout(width="230px"))  # fmt: skip
+        self._grain = w.Dropdown(options=AVAILABLE_GRAINS, value="channel", description="all grains",
+                                 layout=w.Layout(width="190px"))  # fmt: skip
+        self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios", continuous_update=False,
+                                    readout_format=".0%", layout=w.Layout(width="280px"))  # fmt: skip
+        self._measure = self._button("measure on all", self._on_measure, "Accuracy of this plan on the whole validation set")
+        self._commit = self._button("commit", self._on_commit, "Make the plan real: a new, smaller network", "primary")
+        self._epochs = w.BoundedIntText(3, min=1, max=1000, description="epochs", layout=w.Layout(width="150px"))
+        self._lr = w.FloatText(0.01, description="lr", step=0.001, layout=w.Layout(width="160px"))
+        self._finetune = self._button("fine-tune", self._on_finetune, "Train a copy of the current network")
+        self._stopper = self._button("stop", self._on_stop, "Stop; the best weights so far are kept")
+        self._stopper.disabled = True
+        self._controls = self._line(
+            self._criterion, self._grain, self._ratio, self._measure, self._commit, self._epochs, self._lr,
+            self._finetune, self._stopper,
+        )  # fmt: skip
+        self._path = w.Text("plan.json", description="file", layout=w.Layout(width="300px"))
+        self._python = w.Textarea(disabled=False, layout=w.Layout(width="100%", height="120px", display="none"))
+        self._files = w.VBox([
+            self._line(
+                self._path,
+                self._button("save plan", self._on_save, "Write the plan as JSON"),
+                self._button("load plan", self._on_load, "Read a plan from JSON"),
+                self._button("export network", self._on_export, "Write the current network: .pt2 or .safetensors"),
+                self._button("copy as Python", self._on_python, "The plan as Python code"),
+            ),
+            self._python,
+        ])  # fmt: skip
+        self._criterion.observe(self._on_criterion, "value")
+        self._grain.observe(self._on_grain, "value")
+        self._ratio.observe(self._on_ratio, "value")
+
+    def _line(self, *widgets: w.Widget) -> w.Box:
+        return w.Box(list(widgets), layout=w.Layout(display="flex", flex_flow="row wrap", align_items="center"))
+
+    def _button(self, text: str, action: Callable[[], None], tip: str, style: str = "") -> w.Button:
+        button = w.Button(description=text, tooltip=tip, button_style=style, layout=w.Layout(width="auto"))
+        button.on_click(lambda _: self._guard(action))
+        return button
+
+    # Showing ----------------------------------------------------------------------------------------------------------
+
+    def _show_network(self) -> None:
+        """Everything that a new network or criterion changes."""
+        self.desk.header = header_of(self.lab)
+        self.desk.rows = rows_of(self.lab)
+        self.desk.terms = terms_of(self.lab)
+        if self.desk.selected not in {r["name"] for r in self.desk.rows}:
+            self.desk.selected = next((r["name"] for r in self.desk.rows if not r["pinned"]), "")
+        self._show_plan()
+
+    def _show_plan(self) -> None:
+        """The plan as Python knows it, and a new estimate on its way."""
+        self.desk.layers = layers_of(self.lab)
+        self.desk.revision += 1
+        self._criterion.value = self.lab.plan.criterion
+        self._after_edit()
+
+    def _after_edit(self) -> None:
+        self.desk.figures = figures_of(self.lab)
+        self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
+        if self._python.layout.display != "none":
+            self._python.value = self.lab.plan.to_python()
+        self.desk.estimate = {**self.desk.estimate, "state": "stale" if "n" in self.desk.estimate else "none"}
+        self._worker.latest(self._estimate)
+
+    def _estimate(self, wanted: Callable[[], bool]) -> None:
+        """Quick accuracy, shown as it grows, then the pictures; given up as soon as a newer request is there."""
+
+        def update(found: Estimate) -> bool:
+            if wanted():
+                self.desk.estimate = estimate_of(found, "running")
+            return wanted()
+
+        found = self.lab.estimate(on_update=update)
+        if wanted():
+            self.desk.estimate = estimate_of(found, "ready")
+        if wanted():
+            self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+        if wanted():
+            self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
+
+    def _say(self, text: str, progress: float | None = None, error: str = "", busy: bool = False) -> None:
+        self.desk.status = {"text": text, "error": error, "busy": busy, "progress": progress}
+
+    def _failed(self, error: Exception) -> None:
+        """Whatever goes wrong is said where the user looks."""
+        text = str(error) if isinstance(error, PruneLabError) else f"{type(error).__name__}: {error}"
+        self._say("", error=text)
+        self._enable(True)
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Run a callback; its error becomes the visible line."""
+        try:
+            with self._lock:
+                action()
+        except Exception as error:
+            self._failed(error)
+
+    # Hands ------------------------------------------------------------------------------------------------------------
+
+    def _on_edit(self, _: Any) -> None:
+        self._guard(self._edit)
+
+    def _edit(self) -> None:
+        if self._long:
+            self._show_plan()
+            raise PruneLabError("The network is being changed: wait, or stop it first.")
+        plan = plan_of(self.desk.layers, self.lab.plan)
+        changed = str({n for n in set(plan.settings) | set(self.lab.plan.settings)
+                       if plan.settings.get(n) != self.lab.plan.settings.get(n)})  # fmt: skip
+        now = time.monotonic()
+        merge = changed == self._last_edit[1] and now - self._last_edit[0] < _ONE_MOVEMENT
+        self._last_edit = (now, changed)
+        try:
+            self.lab.use(plan, merge=merge)
+        except PruneLabError:
+            self._show_plan()
+            raise
+        self._after_edit()
+
+    def _on_view(self, change: dict[str, Any]) -> None:
+        def draw(wanted: Callable[[], bool]) -> None:
+            self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+            if change["name"] == "dark" and wanted():
+                self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
+            if self.desk.estimate.get("state") != "ready":
+                self._estimate(wanted)
+
+        self._worker.latest(draw)
+
+    def _on_message(self, _: Any, content: dict[str, Any], __: Any) -> None:
+        actions = {"undo": self.lab.undo, "redo": self.lab.redo, "reset": self.lab.reset}
+        action = actions.get(content.get("do", ""))
+        if action is not None:
+            self._guard(lambda: self._change(action))
+
+    def _change(self, action: Callable[[], None]) -> None:
+        """A change of plan or network that did not start in the rows."""
+        if self._long:
+            raise PruneLabError("The network is being changed: wait, or stop it first.")
+        before = (self.lab.program, self.lab.plan.criterion)
+        action()
+        if (self.lab.program, self.lab.plan.criterion) == before:
+            self._show_plan()
+        else:
+            self._show_network()
+
+    def _on_criterion(self, change: dict[str, Any]) -> None:
+        if change["new"] != self.lab.plan.criterion:
+            self._guard(lambda: self._change(lambda: self.lab.criterion(change["new"])))
+
+    def _on_grain(self, change: dict[str, Any]) -> None:
+        self._guard(lambda: self._change(lambda: self.lab.set_all(grain=change["new"])))
+
+    def _on_ratio(self, change: dict[str, Any]) -> None:
+        self._guard(lambda: self._change(lambda: self.lab.set_all(ratio=change["new"])))
+
+    # Long work --------------------------------------------------------------------------------------------------------
+
+    def _job(self, text: str, work: Callable[[], str]) -> None:
+        """Run long work on the worker with the controls off, and say how it ended."""
+        if self._long:
+            raise PruneLabError("Something is running already: wait, or stop it first.")
+        self._stop.clear()
+        self._enable(False)
+        self._say(text, busy=True)
+
+        def run() -> None:
+            try:
+                done = work()
+            finally:
+                self._enable(True)
+            self._show_network()
+            self._say(done)
+
+        self._worker.job(run)
+
+    def _enable(self, on: bool) -> None:
+        self._long = not on
+        for widget in (self._commit, self._finetune, self._measure, self._criterion, self._grain, self._ratio):
+            widget.disabled = not on
+        self._stopper.disabled = on
+
+    def _on_measure(self) -> None:
+        def work() -> str:
+            def update(e: Estimate) -> bool:
+                self._say("measuring on the whole validation set", e.n / e.total, busy=True)
+                return not self._stop.is_set()
+
+            return f"This plan scores {self.lab.measure(on_update=update)}."
+
+        self._job("measuring on the whole validation set", work)
+
+    def _on_commit(self) -> None:
+        def work() -> str:
+            before = self.lab.dense_cost()
+            self.lab.commit()
+            now = self.lab.dense_cost()
+            return f"Committed: {before.params:,} → {now.params:,} parameters, {before.flops:,} → {now.flops:,} FLOPs."
+
+        self._job("committing", work)
+
+    def _on_finetune(self) -> None:
+        epochs, lr = self._epochs.value, self._lr.value
+        seen: list[Epoch] = []
+
+        def progress(done: int, total: int | None, what: str) -> bool:
+            share = (len(seen) + done / (total or done)) / epochs
+            last = f" · accuracy {seen[-1].accuracy:.2%}, loss {seen[-1].loss:.3f}" if seen else ""
+            self._say(f"fine-tuning, {what}{last}", min(share, 1.0), busy=True)
+            return not self._stop.is_set()
+
+        def work() -> str:
+            table = self.lab.finetune(epochs=epochs, lr=lr, progress=progress, on_epoch=seen.append)
+            first, best = table["accuracy"].iloc[0], table["accuracy"].max()
+            word = "Stopped" if self._stop.is_set() else "Fine-tuned"
+            return f"{word}: accuracy {first:.2%} → {best:.2%} after {len(seen)} of {epochs} epochs."
+
+        self._job("fine-tuning", work)
+
+    def _on_stop(self) -> None:
+        self._stop.set()
+        self._say("stopping; the best weights so far are kept", busy=True)
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def _on_save(self) -> None:
+        target = Path(self._path.value)
+        target.write_text(self.lab.plan.to_json())
+        self._say(f"The plan is in {target}.")
+
+    def _on_load(self) -> None:
+        source = Path(self._path.value)
+        if not source.is_file():
+            raise PruneLabError(f"There is no file {source}: name the plan to load in the field 'file'.")
+        plan = Plan.from_json(source.read_text())
+        self._change(lambda: self.lab.use(plan))
+        self._say(f"The plan comes from {source}.")
+
+    def _on_export(self) -> None:
+        named = Path(self._path.value)
+        target = named if named.suffix in (".pt2", ".safetensors") else named.with_name("pruned.pt2")
+        self._say(f"The current network is in {self.lab.export(target)}.")
+
+    def _on_python(self) -> None:
+        hidden = self._python.layout.display == "none"
+        self._python.layout.display = "" if hidden else "none"
+        self._python.value = self.lab.plan.to_python()
+
+    # Without a kernel -------------------------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """The plan in plain HTML, for a saved notebook that no kernel runs behind."""
+        head, figures, layers = header_of(self.lab), figures_of(self.lab), layers_of(self.lab)
+        rows = "".join(
+            f"<tr><td>{html.escape(layer.name)}</td><td>{layers[layer.name]['kept']}/{layer.channels}</td>"
+            f"<td>{html.escape(layer.pinned)}</td></tr>"
+            for layer in self.lab.program.layers
+        )
+        last = self.lab.points[-1] if self.lab.points else None
+        accuracy = f", accuracy {last.accuracy:.2%} on {last.n:,} images" if last else ""
+        return (
+            f"<p><b>{html.escape(head['title'])}</b>, {html.escape(head['note'])}: {figures['params0']:,} → "
+            f"{figures['params']:,} parameters, {figures['flops0']:,} → {figures['flops']:,} FLOPs{accuracy}</p>"
+            f"<table><tr><th>layer</th><th>kept</th><th>pinned because</th></tr>{rows}</table>"
+        )
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if isinstance(bundle, dict):
+            bundle["text/html"] = self.summary()
+        return bundle

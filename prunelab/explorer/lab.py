@@ -1,0 +1,466 @@
+"""The lab: the one mutable thing. It holds the current network, the plan and its history, and every point measured.
+
+No widget is needed for it: the explorer only calls what is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.commit import commit
+from prunelab.criteria.registry import Scores, get, scores
+from prunelab.errors import PruneLabError
+from prunelab.plan import Plan, Setting
+from prunelab.preview import Estimate, Preview, labelled
+from prunelab.profile.capture import Profile, profile
+from prunelab.program.channels import Layer
+from prunelab.program.cost import Cost
+from prunelab.program.program import Program, cost, sliced_masks, trace
+from prunelab.program.selection import Selection
+from prunelab.program.surgery import cut
+from prunelab.program.trace import export
+from prunelab.progress import Progress
+from prunelab.train.finetune import Epoch, finetune
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+Cuts = tuple[Mapping[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A network between two commits: as given, as committed, or as fine-tuned.
+
+    Attributes:
+        program: the traced network; ``profile`` what it does on the training set, once measured.
+        preview: quick accuracy on the probe images.
+        masks: weights held at zero, by parameter name.
+        cuts: what each commit kept, in order: the way from the first network's code to this one's shapes.
+    """
+
+    program: Program
+    profile: Profile | None
+    preview: Preview
+    masks: Mapping[str, Tensor]
+    cuts: Cuts
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured plan or network, for the picture of accuracy against FLOPs.
+
+    Attributes:
+        kind: ``dense``, ``plan``, ``commit`` or ``finetune``.
+    """
+
+    kind: str
+    params: int
+    nonzero: int
+    flops: int
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    plan: str
+
+
+class Lab:
+    """A network under the knife: settings, previews, commits, fine-tuning, undo.
+
+    >>> lab = Lab(model, train, val)
+    >>> lab.set("conv2", ratio=0.5)
+    >>> lab.measure()
+    >>> small = lab.commit()
+    >>> lab.finetune(epochs=5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        val: Any,
+        *,
+        example: Any = None,
+        probe: int = 2048,
+        cache: Path | str | bool = True,
+        criterion: str = "l1",
+        name: str = "",
+    ) -> None:
+        """
+        Args:
+            model: a trained network; it is not changed, now or later.
+            train: Dataset or DataLoader of (image, label): profiled and fine-tuned on.
+            val: Dataset or DataLoader of (image, label): accuracy is measured on it.
+            example: an input of forward, if the first images of ``val`` are not one.
+            probe: how many images of ``val`` the quick accuracy uses.
+            cache: where profiles are kept, as in :func:`prunelab.profile`.
+            criterion: the first plan's criterion.
+            name: what to call the network in titles.
+
+        Raises:
+            PruneLabError: the model or the data cannot be used.
+        """
+        self.train = train
+        self.val = val
+        self.cache = cache
+        self.name = name or type(model).__name__
+        self._images, self._labels = labelled(val)
+        self._probe = min(probe, len(self._labels))
+        first = example if example is not None else self._images[:2]
+        self._first = self._stage(trace(model, first), {}, ())
+        self._now: tuple[Stage, Plan] = (self._first, Plan(criterion=criterion, network=self._first.program.digest))
+        self._past: list[tuple[Stage, Plan]] = []
+        self._future: list[tuple[Stage, Plan]] = []
+        self._points: list[Point] = []
+        # By program, and weakly: a network that undo can no longer reach takes its scores along.
+        self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
+
+    # What is there now ------------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        """The current network with its program, profile and preview."""
+        return self._now[0]
+
+    @property
+    def program(self) -> Program:
+        """The current network's program."""
+        return self.stage.program
+
+    @property
+    def model(self) -> nn.Module:
+        """The current network: the user's own until the first commit."""
+        return self.stage.program.model
+
+    @property
+    def profile(self) -> Profile | None:
+        """What the current network does on the training set, or None before :meth:`run_profile`."""
+        return self.stage.profile
+
+    @property
+    def plan(self) -> Plan:
+        """The current plan."""
+        return self._now[1]
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Everything measured so far, in order."""
+        return tuple(self._points)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """Everything measured so far as a DataFrame, with ratios to the first network."""
+        import pandas as pd
+
+        frame = pd.DataFrame([vars(p) for p in self._points])
+        if len(frame):
+            first = cost(self._first.program)
+            frame.insert(2, "compression", first.params / frame["nonzero"])
+            frame.insert(4, "speedup", first.flops / frame["flops"].clip(lower=1))
+        return frame
+
+    @property
+    def selection(self) -> Selection:
+        """What the plan removes from the current network."""
+        return self._resolve(self.plan)
+
+    def cost(self) -> Cost:
+        """Parameters and FLOPs with the plan applied, in closed form."""
+        return cost(self.program, self._masked(self.selection))
+
+    def dense_cost(self) -> Cost:
+        """Parameters and FLOPs of the current network without the plan."""
+        return cost(self.program, self._masked(Selection()))
+
+    def scores(self, layer: str) -> Scores:
+        """The plan's criterion on a layer, shape ``(channels,)``, higher = keep."""
+        return self._score(self.plan, self.program.layer(layer))
+
+    def _score(self, plan: Plan, layer: Layer) -> Scores:
+        held = self._scores.setdefault(self.program, {})
+        key = (plan.criterion, plan.seed, layer.name)
+        if key not in held:
+            held[key] = scores(self.program, self.profile, plan.criterion, layer, plan.seed)
+        return held[key]
+
+    # Planning ---------------------------------------------------------------------------------------------------------
+
+    def set(self, layer: str, **setting: Any) -> None:
+        """Change one layer's setting: ``ratio=``, ``std=``, ``remove=``, ``grain=`` or ``locked=``.
+
+        Raises:
+            PruneLabError: as :meth:`Plan.set` and :meth:`Plan.resolve`; the plan stays as it was.
+        """
+        name = self.program.layer(layer).name
+        rule = any(setting.get(k) is not None for k in ("ratio", "std", "remove"))
+        if rule and self.plan.settings.get(name, Setting()).locked:
+            raise PruneLabError(f"Layer {name!r} is locked: unlock it before setting its rule.")
+        self.use(self.plan.set(name, **setting))
+
+    def set_all(self, **setting: Any) -> None:
+        """The same setting for every layer that is neither pinned nor locked."""
+        plan = self.plan
+        for layer in self._free():
+            plan = plan.set(layer.name, **setting)
+        self.use(plan)
+
+    def criterion(self, name: str) -> None:
+        """Score channels by another criterion."""
+        self.use(replace(self.plan, criterion=name))
+
+    def reset(self) -> None:
+        """Remove nothing; locks stay."""
+        settings = {k: Setting(locked=True) for k, s in self.plan.settings.items() if s.locked}
+        self.use(replace(self.plan, settings=settings))
+
+    def use(self, plan: Plan, *, merge: bool = False) -> None:
+        """Take a whole plan, after checking that it fits this network.
+
+        Args:
+            merge: the change goes on with the last one (a slider still moving): one step of undo for both.
+
+        Raises:
+            PruneLabError: it does not; the plan stays as it was.
+        """
+        if get(plan.criterion).needs == "statistics" and self.profile is None:
+            self.run_profile()
+        if not plan.network:
+            plan = replace(plan, network=self.program.digest)
+        self._resolve(plan)
+        if plan == self.plan:
+            return
+        if merge and self._past and self._past[-1][0] is self.stage:
+            self._now = (self.stage, plan)
+            self._future.clear()
+        else:
+            self._move((self.stage, plan))
+
+    def undo(self) -> None:
+        """Back to the plan, or the network, before the last change."""
+        if self._past:
+            self._future.append(self._now)
+            self._now = self._past.pop()
+
+    def redo(self) -> None:
+        """Forward again."""
+        if self._future:
+            self._past.append(self._now)
+            self._now = self._future.pop()
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is something to undo."""
+        return bool(self._past)
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether there is something to redo."""
+        return bool(self._future)
+
+    def _move(self, to: tuple[Stage, Plan]) -> None:
+        self._past.append(self._now)
+        self._future.clear()
+        self._now = to
+
+    def _free(self) -> list[Layer]:
+        locked = {self.program.layer(n).name for n, s in self.plan.settings.items() if s.locked}
+        return [layer for layer in self.program.layers if not layer.pinned and layer.name not in locked]
+
+    def _resolve(self, plan: Plan) -> Selection:
+        return plan.resolve(self.program, self.profile, lambda layer: self._score(plan, layer))
+
+    def _masked(self, selection: Selection) -> Selection:
+        """The selection with the masks that earlier commits left."""
+        if not self.stage.masks:
+            return selection
+        joined = {**self.stage.masks, **selection.masks}
+        for name in set(self.stage.masks) & set(selection.masks):
+            joined[name] = self.stage.masks[name].cpu() & selection.masks[name]
+        return Selection(selection.kept, joined)
+
+    # Measuring --------------------------------------------------------------------------------------------------------
+
+    def run_profile(self, progress: Progress | bool = True) -> Profile:
+        """Profile the current network on the training set; from the cache where it was done before."""
+        found = profile(self.program, _in_order(self.train), cache=self.cache, progress=progress)
+        old = self.stage
+        new = replace(old, profile=found)
+        self._now = (new, self.plan)
+        # The same network without a profile must not come back by undo.
+        self._past = [(new if s is old else s, p) for s, p in self._past]
+        self._future = [(new if s is old else s, p) for s, p in self._future]
+        self._first = new if self._first is old else self._first
+        return found
+
+    def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
+        """Quick accuracy of the plan on the probe images."""
+        found = self.stage.preview.accuracy(self.selection, n=self._probe, on_update=on_update)
+        if found.n == self._probe:
+            self._add("plan" if self.selection.kept or self.selection.masks else "dense", found)
+        return found
+
+    def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
+        """Accuracy of the plan on all of ``val``."""
+        found = self.stage.preview.accuracy(self.selection, on_update=on_update)
+        self._add("plan" if self.selection.kept or self.selection.masks else "dense", found)
+        return found
+
+    def _add(self, kind: str, found: Estimate) -> None:
+        now = self.cost()
+        point = Point(
+            kind, now.params, now.nonzero, now.flops, found.accuracy, found.low, found.high, found.n, self.plan.to_json()
+        )
+        if point not in self._points:
+            self._points.append(point)
+
+    # Committing and training ------------------------------------------------------------------------------------------
+
+    def commit(self, *, repair: str = "none") -> nn.Module:
+        """Make the plan real: a new, smaller module becomes the current network; the plan starts afresh.
+
+        Raises:
+            PruneLabError: the plan removes nothing.
+        """
+        selection = self.selection
+        if not selection.kept and not selection.masks:
+            raise PruneLabError("There is nothing to commit: the plan removes no channel and no weight.")
+        small = commit(self.program, selection, repair=repair)
+        masks = sliced_masks(self.program, self._masked(selection))
+        self._enter(small, masks, (*self.stage.cuts, dict(selection.kept)), "commit")
+        return small
+
+    def finetune(
+        self,
+        *,
+        epochs: int = 5,
+        lr: float = 0.01,
+        progress: Progress | bool = True,
+        on_epoch: Callable[[Epoch], None] | None = None,
+        **settings: Any,
+    ) -> pd.DataFrame:
+        """Fine-tune a copy of the current network; it becomes the current network, and undo brings the old one back.
+
+        Weights that a commit zeroed stay zero. The plan stays if one is set.
+
+        Args: as :func:`prunelab.finetune`.
+        """
+        model = copy.deepcopy(self.model)
+        table = finetune(
+            model, self.train, self.val, epochs=epochs, lr=lr, masks=self.stage.masks, progress=progress,
+            on_epoch=on_epoch, **settings,
+        )  # fmt: skip
+        self._enter(model, self.stage.masks, self.stage.cuts, "finetune")
+        return table
+
+    def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], cuts: Cuts, label: str) -> None:
+        # Not proved again: a cut of a network that follows every cut follows them too.
+        stage = self._stage(trace(model, self.program.example, prove=False), masks, cuts)
+        plan = Plan(criterion=self.plan.criterion, seed=self.plan.seed, network=stage.program.digest)
+        self._move((stage, plan))
+        if get(plan.criterion).needs == "statistics":
+            self.run_profile()
+        self._add(label, self.stage.preview.accuracy())
+
+    def _stage(self, program: Program, masks: Mapping[str, Tensor], cuts: Cuts) -> Stage:
+        return Stage(program, None, Preview(program, self._images, self._labels), dict(masks), cuts)
+
+    # Keeping ----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path | str) -> None:
+        """Write the current network's tensors (safetensors), the plan and all points (JSON) to a folder.
+
+        Raises:
+            PruneLabError: the folder cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(folder)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            tensors = {k: v.contiguous().clone() for k, v in self.model.state_dict().items()}
+            masks = {f"mask:{k}": v.contiguous() for k, v in self.stage.masks.items()}
+            save_file({**tensors, **masks}, target / "network.safetensors")
+            points = [vars(p) for p in self._points]
+            text = json.dumps({"format": 1, "name": self.name, "plan": self.plan.to_json(),
+                    "cuts": [dict(c) for c in self.stage.cuts], "points": points}, indent=1)  # fmt: skip
+            (target / "lab.json").write_text(text)
+        except OSError as error:
+            raise PruneLabError(f"The lab cannot be saved in {target}: {error}.") from error
+
+    def export(self, path: Path | str) -> Path:
+        """Write the current network for use without its code: ``.pt2`` (``torch.export``) or ``.safetensors`` (weights).
+
+        Raises:
+            PruneLabError: another suffix, or a file that cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        if target.suffix not in (".pt2", ".safetensors"):
+            raise PruneLabError(f"Export to a file that ends in .pt2 or .safetensors, not {target.name!r}.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.suffix == ".pt2":
+                torch.export.save(export(self.model, self.program.example), target)
+            else:
+                save_file({k: v.contiguous().clone() for k, v in self.model.state_dict().items()}, target)
+        except OSError as error:
+            raise PruneLabError(f"The network cannot be written to {target}: {error}.") from error
+        return target
+
+    @classmethod
+    def load(cls, folder: Path | str, make_model: Callable[[], nn.Module], train: Any, val: Any, **settings: Any) -> Lab:
+        """A lab that :meth:`save` wrote.
+
+        Args:
+            make_model: builds the network that was first given; its tensors are replaced by the saved ones, whatever
+                their shapes.
+
+        Raises:
+            PruneLabError: the folder holds no lab, or the saved tensors are another network's.
+        """
+        from safetensors.torch import load_file
+
+        source = Path(folder)
+        try:
+            raw = json.loads((source / "lab.json").read_text())
+            tensors = load_file(source / "network.safetensors")
+            points = [Point(**p) for p in raw["points"]]
+        except Exception as error:
+            raise PruneLabError(f"There is no lab to load in {source}: {error}.") from error
+        masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
+        state = {k: v for k, v in tensors.items() if not k.startswith("mask:")}
+        cuts = tuple({k: tuple(v) for k, v in c.items()} for c in raw["cuts"])
+        model = _refill(make_model(), cuts, state, labelled(val, 2)[0])
+        lab = cls(model, train, val, name=raw["name"], **settings)
+        lab._now = (replace(lab.stage, masks=masks, cuts=cuts), lab.plan)
+        lab._points = points
+        lab.use(Plan.from_json(raw["plan"]))
+        return lab
+
+
+def _in_order(data: Any) -> Any:
+    """The data set under a loader: a profile is taken in a fixed order, over all of it."""
+    return getattr(data, "dataset", data)
+
+
+def _refill(model: nn.Module, cuts: Cuts, state: Mapping[str, Tensor], example: Tensor) -> nn.Module:
+    """A fresh model cut to the saved shapes, with the saved tensors."""
+    for kept in cuts:
+        model = cut(trace(model, example, prove=False), Selection(kept))
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise PruneLabError("The saved tensors are not those of the model that make_model gives.") from error
+    return model

@@ -1,0 +1,70 @@
+"""One background thread: the latest request wins, and long jobs run one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Worker:
+    """Runs quick work of which only the newest matters (estimates), and jobs that must be done (commit, fine-tune).
+
+    Quick work is handed a function that says whether it is still wanted; no queue of it ever grows.
+    """
+
+    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+        """
+        Args:
+            on_error: called, on the worker's thread, with whatever a piece of work raises.
+        """
+        self._on_error = on_error
+        self._wake = threading.Condition()
+        self._quick: Callable[[Callable[[], bool]], None] | None = None
+        self._jobs: list[Callable[[], None]] = []
+        self._serial = 0
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    def latest(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        """Ask for quick work; it replaces what waits and stops what runs."""
+        with self._wake:
+            self._serial += 1
+            self._quick = work
+            self._start()
+
+    def job(self, work: Callable[[], None]) -> None:
+        """Ask for work that must be done; it goes before quick work and stops quick work that runs."""
+        with self._wake:
+            self._serial += 1
+            self._jobs.append(work)
+            self._start()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until nothing waits or runs; False if that takes longer than ``timeout`` seconds."""
+        with self._wake:
+            return self._wake.wait_for(lambda: not (self._busy or self._jobs or self._quick), timeout)
+
+    def _start(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._loop, name="prunelab", daemon=True)
+            self._thread.start()
+        self._wake.notify_all()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._busy = False
+                self._wake.notify_all()
+                self._wake.wait_for(lambda: bool(self._jobs) or self._quick is not None)
+                self._busy = True
+                job = self._jobs.pop(0) if self._jobs else None
+                quick, mine = (None, 0) if job else (self._quick, self._serial)
+                if quick is not None:
+                    self._quick = None
+            try:
+                if job is not None:
+                    job()
+                elif quick is not None:
+                    quick(lambda mine=mine: self._serial == mine)  # type: ignore[misc]  # binds now, not later
+            except Exception as error:
+                self._on_error(error)
