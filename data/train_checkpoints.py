@@ -115,7 +115,9 @@ def build(name: str, recipe: Recipe, seed: int, data: tuple[ImageSet, ImageSet],
     model.to(memory_format=torch.contiguous_format)
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     FOLDER.mkdir(exist_ok=True)
-    save_file(state, FOLDER / f"{name}.safetensors")
+    weights = FOLDER / f"{name}.safetensors"
+    save_file(state, weights)
+    weights.chmod(0o644)  # safetensors writes files that only their owner can read
     record = {
         "name": name,
         "dataset": data[0].name,

@@ -167,7 +167,7 @@ def server_environment(environment: Mapping[str, str], defaults: Path) -> dict[s
         environment: the process environment, ``os.environ``.
         defaults: a folder that lasts as long as the server; JupyterLab's changed defaults are written there.
     """
-    # Otherwise the first thing a newcomer sees is a question about news. A default: the user's own choice wins.
+    # Otherwise a newcomer is first asked about news. This is a default: the user's own choice wins.
     overrides = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
     path = defaults / "labconfig" / "default_setting_overrides.json"
     path.parent.mkdir(parents=True, exist_ok=True)

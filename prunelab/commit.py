@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from prunelab.errors import unknown
+from prunelab.errors import PruneLabError
 from prunelab.program.program import Program
+from prunelab.program.proof import refusal
 from prunelab.program.selection import Selection
 from prunelab.program.surgery import cut
+from prunelab.repair import repair as repaired_by
 
-REPAIRS = ("none",)
 
-
-def commit(program: Program, selection: Selection, *, repair: str = "none") -> nn.Module:
+def commit(
+    program: Program, selection: Selection, *, repair: str = "none", images: Tensor | None = None
+) -> nn.Module:
     """A new module of the user's own class with the selection's channels gone; the user's own is not touched.
 
-    Every attribute that describes a size (``out_channels``, ``num_features``, ``groups``, …) is right, single weights
-    that the selection removes are zero, and training flags, hooks and ``requires_grad`` are those of the original.
+    Every attribute that describes a size (``out_channels``, ``num_features``, ``groups``, …) is right, single
+    weights that the selection removes are zero, and training flags, hooks and ``requires_grad`` are those of
+    the original.
 
     Args:
-        repair: a correction of the surviving weights; ``none`` is the one there is.
+        repair: a correction of the surviving weights, one of :data:`prunelab.repair.REPAIRS`.
+        images: a sample of the training set for the repair, shape ``(images, …)``; a few hundred do.
+
+    Raises:
+        PruneLabError: a selection that does not fit the network, or a cut that the user's forward does not
+        follow.
     """
-    if repair not in REPAIRS:
-        raise unknown("repair", repair, REPAIRS)
-    return cut(program, selection)
+    corrected = repaired_by(program, selection, repair, images)
+    small = cut(program, selection)
+    reason = refusal(program, selection)
+    if reason:
+        raise PruneLabError(f"This selection cannot be committed: {reason}.")
+    with torch.no_grad():
+        for name, tensor in corrected.items():
+            small.get_parameter(name).copy_(tensor)
+    return small

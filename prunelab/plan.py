@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from prunelab.profile.capture import Profile
 from prunelab.program.channels import Layer
 from prunelab.program.program import Program
 from prunelab.program.selection import Selection
+
+REPAIRS = ("none", "least-squares")
+"""How surviving weights can be corrected; see :mod:`prunelab.repair`."""
 
 GRAINS = ("block", "layer", "channel", "weight")
 """What can be removed, coarse to fine."""
@@ -57,21 +61,47 @@ class Setting:
             return "std"
         return "manual" if self.remove is not None else "none"
 
-    def check(self, layer: str) -> None:
-        """Raises PruneLabError for a value that no network could satisfy."""
+    def checked(self, layer: str) -> Setting:
+        """The same with plain Python values, so that equal settings have equal text.
+
+        Raises:
+            PruneLabError: a value that no network could satisfy.
+        """
         given = [n for n in ("ratio", "std", "remove") if getattr(self, n) is not None]
         if len(given) > 1:
             raise PruneLabError(f"Layer {layer!r} is given {' and '.join(given)}: choose one.")
-        if self.ratio is not None and not 0 <= self.ratio <= 1:
+        ratio, std = _number(self.ratio, "ratio", layer), _number(self.std, "std", layer)
+        if ratio is not None and not 0 <= ratio <= 1:
             raise PruneLabError(f"The ratio of layer {layer!r} must lie in 0 to 1, not {self.ratio}.")
-        if self.std is not None and not math.isfinite(self.std):
-            raise PruneLabError(f"The std of layer {layer!r} must be a finite number, not {self.std}.")
         if self.grain not in GRAINS:
-            raise unknown("grain", self.grain, GRAINS)
+            raise unknown("grain", str(self.grain), GRAINS)
         if self.grain not in AVAILABLE_GRAINS:
-            raise PruneLabError(f"The grain {self.grain!r} (layer {layer!r}) is not available yet; use 'channel' or 'weight'.")
+            raise PruneLabError(
+                f"The grain {self.grain!r} (layer {layer!r}) is not available yet; use 'channel' or 'weight'."
+            )
         if self.grain == "weight" and self.remove is not None:
             raise PruneLabError(f"Layer {layer!r}: single weights are chosen by ratio or std, not by number.")
+        return Setting(ratio, std, _channels(self.remove, layer), self.grain, bool(self.locked))
+
+
+def _number(value: Any, what: str, layer: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise PruneLabError(f"The {what} of layer {layer!r} must be a finite number, not {value!r}.")
+    # Minus zero equals zero but reads differently.
+    return float(value) + 0.0
+
+
+def _channels(value: Any, layer: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    listed = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(c, Integral) and not isinstance(c, bool) for c in listed):
+        raise PruneLabError(
+            f"The channels to remove from layer {layer!r} must be whole numbers, not {value!r}."
+        )
+    return tuple(sorted({int(c) for c in listed}))
 
 
 @dataclass(frozen=True)
@@ -83,18 +113,26 @@ class Plan:
         settings: by layer name.
         seed: for the criterion ``random``.
         network: digest of the network it was made for ("" for any that has these layers).
+        repair: how the surviving weights are corrected, one of :data:`REPAIRS`.
     """
 
     criterion: str = "l1"
     settings: Mapping[str, Setting] = field(default_factory=dict)
     seed: int = 0
     network: str = ""
+    repair: str = "none"
 
     def __post_init__(self) -> None:
         get(self.criterion)
-        for name, setting in self.settings.items():
-            setting.check(name)
-        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+        if self.repair not in REPAIRS:
+            raise unknown("repair", str(self.repair), REPAIRS)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or self.seed < 0:
+            raise PruneLabError(f"The seed of a plan must be a whole number from 0, not {self.seed!r}.")
+        checked = {str(name): setting.checked(name) for name, setting in self.settings.items()}
+        # A setting that says nothing is no setting: a plan that was cleared equals one that was never set.
+        settings = {name: setting for name, setting in checked.items() if setting != Setting()}
+        object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "settings", MappingProxyType(settings))
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -114,30 +152,36 @@ class Plan:
         Raises:
             PruneLabError: a value outside its range, more than one rule, or an unknown grain.
         """
-        old = self.settings.get(layer, Setting())
-        new = old
+        new = self.settings.get(layer, Setting())
         if any(v is not None for v in (ratio, std, remove)):
-            channels = None if remove is None else tuple(sorted({int(c) for c in remove}))
-            new = replace(old, ratio=None if ratio is None else float(ratio), std=None if std is None else float(std), remove=channels)
+            new = replace(new, ratio=ratio, std=std, remove=remove)
         if grain is not None:
             new = replace(new, grain=grain)
         if locked is not None:
             new = replace(new, locked=locked)
-        new.check(layer)
         return replace(self, settings={**self.settings, layer: new})
 
     def clear(self, layer: str) -> Plan:
         """A plan that removes nothing from this layer (its grain and lock stay)."""
         old = self.settings.get(layer, Setting())
-        return replace(self, settings={**self.settings, layer: replace(old, ratio=None, std=None, remove=None)})
+        return replace(
+            self, settings={**self.settings, layer: replace(old, ratio=None, std=None, remove=None)}
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text, keys sorted: equal plans have equal text."""
         settings = {
-            name: {k: v for k, v in asdict(s).items() if v not in (None, False)} for name, s in self.settings.items()
+            name: {k: v for k, v in asdict(s).items() if v is not None and v is not False}
+            for name, s in self.settings.items()
         }
         return json.dumps(
-            {"criterion": self.criterion, "seed": self.seed, "network": self.network, "settings": settings},
+            {
+                "criterion": self.criterion,
+                "seed": self.seed,
+                "network": self.network,
+                "repair": self.repair,
+                "settings": settings,
+            },
             indent=1,
             sort_keys=True,
         )
@@ -151,11 +195,9 @@ class Plan:
         """
         try:
             raw = json.loads(text)
-            settings = {
-                str(name): Setting(**{**s, **({"remove": tuple(s["remove"])} if "remove" in s else {})})
-                for name, s in raw.get("settings", {}).items()
-            }
-            return cls(raw.get("criterion", "l1"), settings, int(raw.get("seed", 0)), raw.get("network", ""))
+            if not isinstance(raw, dict) or not {"criterion", "settings"} <= raw.keys() <= _KEYS:
+                raise PruneLabError("This is not a plan in JSON: it must hold a criterion and settings.")
+            return cls(**{**raw, "settings": {name: Setting(**s) for name, s in raw["settings"].items()}})
         except PruneLabError:
             raise
         except Exception as error:
@@ -166,9 +208,14 @@ class Plan:
         head = [f"criterion={self.criterion!r}"]
         head += [f"seed={self.seed}"] if self.seed else []
         head += [f"network={self.network!r}"] if self.network else []
+        head += [f"repair={self.repair!r}"] if self.repair != "none" else []
         lines = [f"pl.Plan({', '.join(head)})"]
         for name, s in self.settings.items():
-            given = {k: v for k, v in asdict(s).items() if v is not None and (k, v) not in (("grain", "channel"), ("locked", False))}
+            given = {
+                k: v
+                for k, v in asdict(s).items()
+                if v is not None and (k, v) not in (("grain", "channel"), ("locked", False))
+            }
             if given:
                 lines.append(f"    .set({name!r}, {', '.join(f'{k}={v!r}' for k, v in given.items())})")
         return lines[0] if len(lines) == 1 else "(\n    " + lines[0] + "\n" + "\n".join(lines[1:]) + "\n)"
@@ -193,14 +240,17 @@ class Plan:
         """Which channels stay and which single weights are zeroed.
 
         Args:
-            score: gives a layer's scores if they are known already; computed by the plan's criterion unless given.
+            score: gives a layer's scores if they are known already; computed by the plan's criterion unless
+                given.
 
         Raises:
-            PruneLabError: a layer that is unknown, pinned or set twice, a channel that does not exist, a layer's last
-                channel, a criterion without its profile, or a plan made for another network.
+            PruneLabError: a layer that is unknown, pinned or set twice, a channel that does not exist, a
+                layer's last channel, a criterion without its profile, or a plan made for another network.
         """
         if self.network and self.network != program.digest:
-            raise PruneLabError("This plan was made for another network; its layers are not those of this one.")
+            raise PruneLabError(
+                "This plan was made for another network; its layers are not those of this one."
+            )
         score = score or (lambda layer: scores(program, profile, self.criterion, layer, self.seed))
         kept: dict[str, tuple[int, ...]] = {}
         masks: dict[str, Tensor] = {}
@@ -208,7 +258,9 @@ class Plan:
         for name, setting in self.settings.items():
             layer = program.layer(name)
             if layer.name in seen:
-                raise PruneLabError(f"The plan sets layer {layer.name!r} twice, as {seen[layer.name]!r} and {name!r}.")
+                raise PruneLabError(
+                    f"The plan sets layer {layer.name!r} twice, as {seen[layer.name]!r} and {name!r}."
+                )
             seen[layer.name] = name
             if setting.rule == "none":
                 continue
@@ -223,18 +275,30 @@ class Plan:
         return Selection(kept, masks)
 
 
+_KEYS = {f.name for f in fields(Plan)}
+
+
 def _from_tree(tree: ast.expr) -> Plan:
-    if not isinstance(tree, ast.Call):
+    changes: list[ast.Call] = []
+    while isinstance(tree, ast.Call) and isinstance(tree.func, ast.Attribute) and tree.func.attr == "set":
+        changes.append(tree)
+        tree = tree.func.value
+    if not isinstance(tree, ast.Call) or ast.unparse(tree.func) not in ("pl.Plan", "prunelab.Plan", "Plan"):
         raise PruneLabError("This is not a plan in Python: it must read pl.Plan(…).set(…)….")
-    values = {k.arg: ast.literal_eval(k.value) for k in tree.keywords if k.arg}
-    positional = [ast.literal_eval(a) for a in tree.args]
-    called = tree.func
-    if isinstance(called, ast.Attribute) and called.attr == "set":
-        return _from_tree(called.value).set(*positional, **values)
-    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-    if name != "Plan":
-        raise PruneLabError(f"This is not a plan in Python: {name or 'the expression'} is not Plan or set.")
-    return Plan(*positional, **values)
+    plan = Plan(*_values(tree), **_named_values(tree))
+    for change in reversed(changes):
+        plan = plan.set(*_values(change), **_named_values(change))
+    return plan
+
+
+def _values(call: ast.Call) -> list[Any]:
+    return [ast.literal_eval(value) for value in call.args]
+
+
+def _named_values(call: ast.Call) -> dict[str, Any]:
+    if any(keyword.arg is None for keyword in call.keywords):
+        raise PruneLabError("This is not a plan in Python: it unpacks keywords.")
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def removed(setting: Setting, score: Scores, layer: Layer) -> NDArray[np.int64]:
@@ -249,7 +313,10 @@ def removed(setting: Setting, score: Scores, layer: Layer) -> NDArray[np.int64]:
         return by_std(score, setting.std)
     wanted = np.array(setting.remove or (), np.int64)
     if wanted.size and (wanted.min() < 0 or wanted.max() >= layer.channels):
-        raise PruneLabError(f"Layer {layer.name!r} has channels 0 to {layer.channels - 1}; {wanted.max()} is not one of them.")
+        wrong = next(c for c in wanted.tolist() if not 0 <= c < layer.channels)
+        raise PruneLabError(
+            f"Layer {layer.name!r} has channels 0 to {layer.channels - 1}; {wrong} is not one of them."
+        )
     if wanted.size == layer.channels:
         raise PruneLabError(f"Layer {layer.name!r} would lose its last channel: at least one must stay.")
     return wanted
@@ -266,20 +333,33 @@ def by_ratio(score: NDArray[Any], ratio: float) -> NDArray[np.int64]:
 
 def by_std(score: NDArray[Any], std: float) -> NDArray[np.int64]:
     """Units that score below ``mean − std · σ`` (population σ), at most all but the best one."""
-    below = np.flatnonzero(score < score.mean() - std * score.std())
+    mean, sigma = spread(score)
+    below = np.flatnonzero(score < mean - std * sigma)
     if below.size == score.size:
         below = np.delete(below, int(np.argmax(score)))
     return below
 
 
+def spread(score: NDArray[Any]) -> tuple[float, float]:
+    """Mean and population standard deviation; exactly the score and 0 where all are equal.
+
+    Rounding could else put the mean of equal scores above them all, and a rule would remove all but one.
+    """
+    if score.min() == score.max():
+        return float(score[0]), 0.0
+    return float(score.mean()), float(score.std())
+
+
 def std_of_ratio(score: Scores, ratio: float) -> float | None:
-    """The std that a ratio amounts to: how far the lowest kept score lies below the mean; None when nothing goes."""
+    """The std that a ratio amounts to, or None when nothing goes.
+
+    It is how far the lowest kept score lies below the mean, in standard deviations.
+    """
     gone = by_ratio(score, ratio)
-    sigma = float(score.std())
+    mean, sigma = spread(score)
     if not gone.size or sigma == 0:
         return None
-    lowest_kept = np.sort(score)[gone.size]
-    return float((score.mean() - lowest_kept) / sigma)
+    return float((mean - np.sort(score)[gone.size]) / sigma)
 
 
 def ratio_of_std(score: Scores, std: float) -> float:
@@ -292,7 +372,11 @@ def _weight_masks(program: Program, layer: Layer, setting: Setting) -> dict[str,
     states = list(dict.fromkeys(state for state, _ in layer.producers))
     sizes = [program.state(s).shape for s in states]
     magnitude = torch.cat([program.state(s).abs().double().flatten().cpu() for s in states]).numpy()
-    gone = by_ratio(magnitude, setting.ratio) if setting.ratio is not None else by_std(magnitude, setting.std or 0.0)
+    gone = (
+        by_ratio(magnitude, setting.ratio)
+        if setting.ratio is not None
+        else by_std(magnitude, setting.std or 0.0)
+    )
     stays = torch.ones(magnitude.size, dtype=torch.bool)
     stays[torch.from_numpy(gone)] = False
     parts = torch.split(stays, [s.numel() for s in sizes])

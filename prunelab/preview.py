@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from prunelab.errors import PruneLabError
-from prunelab.profile.capture import check_images
+from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
+from prunelab.program.guard import random_kept
 from prunelab.program.program import Program
-from prunelab.program.run import Bound, bind
+from prunelab.program.run import Bound, bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
 
 Z95 = 1.959963984540054
+BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def paired_half_width(now: NDArray[np.bool_], before: NDArray[np.bool_]) -> float:
     """Half width of the 95 % interval of a change in accuracy on the same images.
 
-    Agresti & Min (2005): one half is added to each cell of the 2 × 2 table, so that no change seen is not taken as
-    certainty.
+    Agresti & Min (2005): one half is added to each cell of the 2 × 2 table, so that no change seen is not
+    taken as certainty.
     """
     n = now.size + 2
     gained, lost = int((now & ~before).sum()), int((~now & before).sum())
@@ -81,9 +83,7 @@ def labelled(data: Any, n: int | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         PruneLabError: there are no items, or they have no integer labels.
     """
-    images, labels = getattr(data, "images", None), getattr(data, "labels", None)
-    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
-        images, labels = _collect(data, n)
+    images, labels = in_memory(data) or _collect(data, n)
     stop = len(labels) if n is None else min(n, len(labels))
     if not stop:
         raise PruneLabError("There are no images to measure accuracy on: the set is empty.")
@@ -91,16 +91,16 @@ def labelled(data: Any, n: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def _collect(data: Any, n: int | None) -> tuple[Tensor, Tensor]:
-    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=256)
     images, labels, have = [], [], 0
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise PruneLabError("Accuracy needs labels: the data must give (image, label) pairs.")
-        images.append(batch[0])
-        labels.append(batch[1])
-        have += len(batch[1])
-        if n is not None and have >= n:
-            break
+    with random_kept():
+        for batch in batches(data, 256)[0]:
+            if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+                raise PruneLabError("Accuracy needs labels: the data must give (image, label) pairs.")
+            images.append(batch[0])
+            labels.append(batch[1])
+            have += len(batch[1])
+            if n is not None and have >= n:
+                break
     if not have:
         raise PruneLabError("There are no images to measure accuracy on: the loader is empty.")
     return torch.cat(images), torch.cat(labels)
@@ -110,8 +110,7 @@ class Preview:
     """Quick accuracy of selections on a fixed set of images. The sliced weights are run, never masks."""
 
     def __init__(self, program: Program, images: Tensor, labels: Tensor) -> None:
-        """
-        Args:
+        """Args:
             images: shape ``(images, …)`` as the network takes them.
             labels: shape ``(images,)``, class numbers.
 
@@ -120,42 +119,57 @@ class Preview:
         """
         if labels.dim() != 1 or labels.is_floating_point() or len(labels) != len(images) or not len(labels):
             raise PruneLabError(
-                f"Labels must be one class number for each of the {len(images)} images, not of shape {tuple(labels.shape)} "
-                f"and type {labels.dtype}."
+                f"Labels must be one class number for each of the {len(images)} images, not of shape "
+                f"{tuple(labels.shape)} and type {labels.dtype}."
             )
-        check_images(program, (images,))
+        check_images(program, inputs_of(program, images[:BATCH]))
         self.program = program
         self.images = images
         self.labels = labels
         self._before: NDArray[np.bool_] = np.zeros(0, bool)
 
-    def logits(self, selection: Selection = DENSE, images: Tensor | None = None) -> Tensor:
-        """Outputs of the pruned network, shape ``(images, classes)``."""
-        bound = bind(self.program, selection)
+    def logits(
+        self,
+        selection: Selection = DENSE,
+        images: Tensor | None = None,
+        repaired: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
+        """Outputs of the pruned network, shape ``(images, classes)``.
+
+        Args:
+            repaired: what :func:`prunelab.repair.repair` gave for this selection.
+        """
+        bound = bind(self.program, selection).replaced(repaired)
         source = self.images if images is None else images
-        return torch.cat([bound(part) for part in torch.split(source, 256)])
+        return torch.cat([bound(part.to(bound.device)) for part in torch.split(source, BATCH)])
 
     def accuracy(
         self,
         selection: Selection = DENSE,
         *,
         n: int | None = None,
+        repaired: Mapping[str, Tensor] = MappingProxyType({}),
         on_update: Callable[[Estimate], bool | None] | None = None,
     ) -> Estimate:
         """Accuracy on the first ``n`` images (all unless told).
 
         Args:
+            repaired: what :func:`prunelab.repair.repair` gave for this selection.
             on_update: called with every estimate on the way; returning False stops there.
         """
         started = time.perf_counter()
         total = len(self.labels) if n is None else min(n, len(self.labels))
         before = self._correct_before(total)
-        bound = bind(self.program, selection)
+        bound = bind(self.program, selection).replaced(repaired)
+        # The same network twice: no change, and nothing uncertain about it.
+        untouched = not removes_anything(self.program, selection)
         now = np.zeros(0, bool)
         estimate: Estimate | None = None
         for start, stop in _growing(total):
             now = np.concatenate([now, self._correct(bound, start, stop)])
             estimate = self._estimate(now, before[: now.size], time.perf_counter() - started)
+            if untouched:
+                estimate = replace(estimate, half=0.0)
             if on_update is not None and on_update(estimate) is False:
                 break
         assert estimate is not None
@@ -177,24 +191,24 @@ class Preview:
         )
 
     def _correct(self, bound: Bound, start: int, stop: int) -> NDArray[np.bool_]:
-        device = next(iter(bound.states.values())).device
-        with torch.no_grad():
-            logits = bound(self.images[start:stop].to(device))
+        logits = bound(self.images[start:stop].to(bound.device))
         if logits.dim() != 2 or len(logits) != stop - start:
-            raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(logits.shape)}.")
+            raise PruneLabError(
+                f"Accuracy needs outputs of shape (images, classes), not {tuple(logits.shape)}."
+            )
         return (logits.argmax(1).cpu() == self.labels[start:stop].cpu()).numpy()
 
     def _correct_before(self, n: int) -> NDArray[np.bool_]:
         """Outcomes of the unpruned network on the first ``n`` images, run once."""
         if self._before.size < n:
             bound = bind(self.program)
-            missing = [self._correct(bound, a + self._before.size, b + self._before.size)
-                       for a, b in _growing(n - self._before.size)]  # fmt: skip
+            done = self._before.size
+            missing = [self._correct(bound, done + a, done + b) for a, b in _growing(n - done)]
             self._before = np.concatenate([self._before, *missing])
         return self._before[:n]
 
 
 def _growing(total: int) -> Iterator[tuple[int, int]]:
-    """Batches of 256, so that a first answer comes early and a stop is quick."""
-    for start in range(0, total, 256):
-        yield start, min(start + 256, total)
+    """Batches small enough that a first answer comes early and a stop is quick."""
+    for start in range(0, total, BATCH):
+        yield start, min(start + BATCH, total)

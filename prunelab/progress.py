@@ -12,7 +12,7 @@ Progress = Callable[[int, int | None, str], bool | None]
 """Called with (done, total, what) after each step; returning False stops the work at that point."""
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  # it is no error: the user asked for it
     """Long work was asked to stop; what it had finished is kept, nothing is half-written."""
 
 
@@ -20,7 +20,8 @@ def track(items: Iterable[T], what: str, total: int | None, progress: Progress |
     """Iterate with progress.
 
     Args:
-        progress: True shows a progress bar (tqdm), False shows nothing, a function is called after every item.
+        progress: True shows a progress bar (tqdm), False shows nothing, a function is called after every
+            item.
 
     Raises:
         Stopped: the function returned False.
@@ -41,7 +42,7 @@ def say_once(text: str) -> None:
     """Tell the user something that is worth knowing once in a process."""
     if text not in _said:
         _said.add(text)
-        print(text, file=sys.stderr)
+        sys.stderr.write(text + "\n")
 
 
 def _bar(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:

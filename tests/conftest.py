@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PRUNELAB_CACHE"] = str(apart / "cache")
     os.environ["MPLCONFIGDIR"] = str(apart / "matplotlib")
     # Tiny networks are slower, not faster, on many threads.
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     profile = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "default")
     hypothesis.settings.load_profile(profile)
 

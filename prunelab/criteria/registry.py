@@ -25,8 +25,9 @@ class Criterion:
 
     Attributes:
         name: what plans call it.
-        needs: what the function takes: ``weights``, a matrix ``(channels, weights of one filter)``; ``statistics``, a
-            :class:`~prunelab.profile.statistics.Statistics`; ``seed``, the number of channels and a generator.
+        needs: what the function takes: ``weights``, a matrix ``(channels, weights of one filter)``;
+            ``statistics``, a :class:`~prunelab.profile.statistics.Statistics`; ``seed``, the number of
+            channels and a generator.
         function: gives the scores, shape ``(channels,)``; higher = keep.
     """
 
@@ -75,26 +76,37 @@ def scores(program: Program, profile: Profile | None, criterion: str, layer: Lay
     Where several producers or sites make up the layer (a residual stream), the mean of their scores.
 
     Raises:
-        PruneLabError: the criterion is unknown, needs a profile that is not there, or gave scores that are not finite.
+        PruneLabError: the criterion is unknown, needs a profile that is not there, or gave scores that are
+        not finite.
     """
     chosen = get(criterion)
     if chosen.needs == "weights":
         found = [chosen.function(_filters(program, layer, state, dim)) for state, dim in layer.producers]
     elif chosen.needs == "seed":
         # Named by the layer, so that one layer's draw does not depend on the others.
-        found = [chosen.function(layer.channels, np.random.default_rng([seed, zlib.crc32(layer.name.encode())]))]
+        found = [
+            chosen.function(layer.channels, np.random.default_rng([seed, zlib.crc32(layer.name.encode())]))
+        ]
     elif profile is None:
         raise PruneLabError(f"The criterion {criterion!r} needs a profile: run profile(program, data) first.")
     elif profile.program is not program and profile.program.digest != program.digest:
         raise PruneLabError("The profile is of another network: run profile(program, data) for this one.")
     else:
-        found = [np.asarray(chosen.function(s))[at] for s, at in profile.of(layer)]
-    mean = np.mean(np.stack([np.asarray(f, np.float64) for f in found]), axis=0)
-    if mean.shape != (layer.channels,) or not np.isfinite(mean).all():
+        found = [_take(chosen.function(s), at) for s, at in profile.of(layer)]
+    values = [np.asarray(f, np.float64) for f in found]
+    if any(v.shape != (layer.channels,) or not np.isfinite(v).all() for v in values):
         raise PruneLabError(
-            f"The criterion {criterion!r} gave scores for layer {layer.name!r} that are not {layer.channels} finite numbers."
+            f"The criterion {criterion!r} gave scores for layer {layer.name!r} that are not {layer.channels} "
+            "finite numbers."
         )
-    return mean
+    return np.asarray(np.mean(values, axis=0), np.float64)
+
+
+def _take(values: Any, at: NDArray[np.int64]) -> Scores:
+    """Scores of a layer's channels among those of a site; one that stands there twice gets their mean."""
+    found: Scores = np.asarray(values, np.float64)
+    fits = found.ndim == 1 and found.size > at.max()
+    return np.asarray(found[at].mean(axis=1), np.float64) if fits else found
 
 
 def _filters(program: Program, layer: Layer, state: str, dim: int) -> Scores:

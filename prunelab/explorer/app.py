@@ -27,7 +27,7 @@ from prunelab.explorer.desk import (
 )
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.worker import Worker
-from prunelab.plan import AVAILABLE_GRAINS, Plan
+from prunelab.plan import AVAILABLE_GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.train.finetune import Epoch
 
@@ -69,10 +69,12 @@ class Explorer(w.VBox):
         self._stop = threading.Event()
         self._long = False
         self._last_edit = (0.0, "")
+        self._seen = 0
+        self._held: list[dict[str, Any]] = []
         self.desk = Desk()
         self._scatter, self._details = w.Image(format="png"), w.Image(format="png")
         self._build()
-        super().__init__([self._columns, self._controls, self._files], layout=w.Layout(width="100%"))
+        super().__init__([self._columns], layout=w.Layout(width="100%"))
         self.add_class("prunelab")
         if lab.profile is None:
             lab.run_profile()
@@ -84,13 +86,10 @@ class Explorer(w.VBox):
     # Layout -----------------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        self._desk_box = w.Box([self.desk], layout=w.Layout(flex="3 1 600px", min_width="0"))
-        pictures = w.VBox([self._scatter, self._details], layout=w.Layout(flex="1 1 320px", min_width="0", max_width="520px"))
-        for picture in (self._scatter, self._details):
-            picture.layout = w.Layout(width="100%", height="auto", object_fit="contain")
-        self._columns = w.Box([self._desk_box, pictures], layout=w.Layout(display="flex", flex_flow="row wrap", width="100%"))
         self._criterion = w.Dropdown(options=available(), value=self.lab.plan.criterion, description="criterion",
                                      layout=w.Layout(width="230px"))  # fmt: skip
+        self._repair = w.Dropdown(options=REPAIRS, value=self.lab.plan.repair, description="repair",
+                                  layout=w.Layout(width="220px"))  # fmt: skip
         self._grain = w.Dropdown(options=AVAILABLE_GRAINS, value="channel", description="all grains",
                                  layout=w.Layout(width="190px"))  # fmt: skip
         self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios", continuous_update=False,
@@ -99,16 +98,17 @@ class Explorer(w.VBox):
         self._commit = self._button("commit", self._on_commit, "Make the plan real: a new, smaller network", "primary")
         self._epochs = w.BoundedIntText(3, min=1, max=1000, description="epochs", layout=w.Layout(width="150px"))
         self._lr = w.FloatText(0.01, description="lr", step=0.001, layout=w.Layout(width="160px"))
+        self._distil = w.Checkbox(False, description="learn from the unpruned network", indent=False,
+                                  layout=w.Layout(width="auto", margin="0 8px"))  # fmt: skip
         self._finetune = self._button("fine-tune", self._on_finetune, "Train a copy of the current network")
         self._stopper = self._button("stop", self._on_stop, "Stop; the best weights so far are kept")
         self._stopper.disabled = True
-        self._controls = self._line(
-            self._criterion, self._grain, self._ratio, self._measure, self._commit, self._epochs, self._lr,
-            self._finetune, self._stopper,
-        )  # fmt: skip
-        self._path = w.Text("plan.json", description="file", layout=w.Layout(width="300px"))
-        self._python = w.Textarea(disabled=False, layout=w.Layout(width="100%", height="120px", display="none"))
-        self._files = w.VBox([
+        self._path = w.Text("plan.json", description="file", layout=w.Layout(width="230px"))
+        self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
+        controls = w.VBox([
+            self._line(self._criterion, self._grain, self._ratio),
+            self._line(self._repair, self._measure, self._commit),
+            self._line(self._epochs, self._lr, self._distil, self._finetune, self._stopper),
             self._line(
                 self._path,
                 self._button("save plan", self._on_save, "Write the plan as JSON"),
@@ -117,10 +117,26 @@ class Explorer(w.VBox):
                 self._button("copy as Python", self._on_python, "The plan as Python code"),
             ),
             self._python,
-        ])  # fmt: skip
+        ], layout=w.Layout(margin="8px 0 0 0"))  # fmt: skip
+        self._arrange(controls)
+        self._repair.observe(self._on_repair, "value")
         self._criterion.observe(self._on_criterion, "value")
         self._grain.observe(self._on_grain, "value")
         self._ratio.observe(self._on_ratio, "value")
+
+    def _arrange(self, controls: w.Widget) -> None:
+        """Desk and controls on the left, pictures on the right; below each other where the page is narrow."""
+        # The desk fills its width from outside: its content has none of its own, so that container queries can measure it.
+        self.desk.layout = w.Layout(width="100%")
+        left = w.VBox([self.desk, controls], layout=w.Layout(flex="3 1 640px", min_width="0", margin="0 8px 8px 0"))
+        for picture in (self._scatter, self._details):
+            picture.layout = w.Layout(flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain")
+        right = w.Box(
+            [self._scatter, self._details],
+            layout=w.Layout(display="flex", flex_flow="row wrap", flex="1 1 320px", min_width="0"),
+        )
+        flow = w.Layout(display="flex", flex_flow="row wrap", width="100%", align_items="flex-start")
+        self._columns = w.Box([left, right], layout=flow)
 
     def _line(self, *widgets: w.Widget) -> w.Box:
         return w.Box(list(widgets), layout=w.Layout(display="flex", flex_flow="row wrap", align_items="center"))
@@ -146,10 +162,11 @@ class Explorer(w.VBox):
         self.desk.layers = layers_of(self.lab)
         self.desk.revision += 1
         self._criterion.value = self.lab.plan.criterion
+        self._repair.value = self.lab.plan.repair
         self._after_edit()
 
     def _after_edit(self) -> None:
-        self.desk.figures = figures_of(self.lab)
+        self.desk.figures = {**figures_of(self.lab), "edits": self._seen}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
         if self._python.layout.display != "none":
             self._python.value = self.lab.plan.to_python()
@@ -161,12 +178,13 @@ class Explorer(w.VBox):
 
         def update(found: Estimate) -> bool:
             if wanted():
-                self.desk.estimate = estimate_of(found, "running")
+                self.desk.estimate = {**estimate_of(found, "running"), "edits": answered}
             return wanted()
 
+        answered = self._seen
         found = self.lab.estimate(on_update=update)
         if wanted():
-            self.desk.estimate = estimate_of(found, "ready")
+            self.desk.estimate = {**estimate_of(found, "ready"), "edits": answered}
         if wanted():
             self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
         if wanted():
@@ -191,16 +209,20 @@ class Explorer(w.VBox):
 
     # Hands ------------------------------------------------------------------------------------------------------------
 
-    def _on_edit(self, _: Any) -> None:
+    def _on_edit(self, change: dict[str, Any]) -> None:
+        self._seen = change["new"]
         self._guard(self._edit)
+        held, self._held = self._held, []
+        for content in held:
+            self._on_message(None, content, None)
 
     def _edit(self) -> None:
         if self._long:
             self._show_plan()
             raise PruneLabError("The network is being changed: wait, or stop it first.")
         plan = plan_of(self.desk.layers, self.lab.plan)
-        changed = str({n for n in set(plan.settings) | set(self.lab.plan.settings)
-                       if plan.settings.get(n) != self.lab.plan.settings.get(n)})  # fmt: skip
+        old = self.lab.plan.settings
+        changed = str([(n, s.rule, s.grain, s.locked) for n, s in plan.settings.items() if s != old.get(n)])
         now = time.monotonic()
         merge = changed == self._last_edit[1] and now - self._last_edit[0] < _ONE_MOVEMENT
         self._last_edit = (now, changed)
@@ -222,6 +244,10 @@ class Explorer(w.VBox):
         self._worker.latest(draw)
 
     def _on_message(self, _: Any, content: dict[str, Any], __: Any) -> None:
+        if content.get("edits", 0) > self._seen:
+            # While the kernel is busy a message overtakes the edits made before it: it waits for them.
+            self._held.append(content)
+            return
         actions = {"undo": self.lab.undo, "redo": self.lab.redo, "reset": self.lab.reset}
         action = actions.get(content.get("do", ""))
         if action is not None:
@@ -241,6 +267,10 @@ class Explorer(w.VBox):
     def _on_criterion(self, change: dict[str, Any]) -> None:
         if change["new"] != self.lab.plan.criterion:
             self._guard(lambda: self._change(lambda: self.lab.criterion(change["new"])))
+
+    def _on_repair(self, change: dict[str, Any]) -> None:
+        if change["new"] != self.lab.plan.repair:
+            self._guard(lambda: self._change(lambda: self.lab.repair(change["new"])))
 
     def _on_grain(self, change: dict[str, Any]) -> None:
         self._guard(lambda: self._change(lambda: self.lab.set_all(grain=change["new"])))
@@ -270,7 +300,7 @@ class Explorer(w.VBox):
 
     def _enable(self, on: bool) -> None:
         self._long = not on
-        for widget in (self._commit, self._finetune, self._measure, self._criterion, self._grain, self._ratio):
+        for widget in (self._commit, self._finetune, self._measure, self._criterion, self._grain, self._ratio, self._repair):
             widget.disabled = not on
         self._stopper.disabled = on
 
@@ -295,6 +325,7 @@ class Explorer(w.VBox):
 
     def _on_finetune(self) -> None:
         epochs, lr = self._epochs.value, self._lr.value
+        teacher = self.lab.original if self._distil.value else None
         seen: list[Epoch] = []
 
         def progress(done: int, total: int | None, what: str) -> bool:
@@ -304,7 +335,7 @@ class Explorer(w.VBox):
             return not self._stop.is_set()
 
         def work() -> str:
-            table = self.lab.finetune(epochs=epochs, lr=lr, progress=progress, on_epoch=seen.append)
+            table = self.lab.finetune(epochs=epochs, lr=lr, teacher=teacher, progress=progress, on_epoch=seen.append)
             first, best = table["accuracy"].iloc[0], table["accuracy"].max()
             word = "Stopped" if self._stop.is_set() else "Fine-tuned"
             return f"{word}: accuracy {first:.2%} → {best:.2%} after {len(seen)} of {epochs} epochs."

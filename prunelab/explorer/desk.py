@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ _HERE = Path(__file__).parent
 class Desk(anywidget.AnyWidget):
     """Rows, sliders and totals. Every trait is plain JSON; Python is authoritative for all but ``layers`` and ``edits``."""
 
-    _esm = _HERE / "desk.js"
+    # anywidget takes one module: three files, read in this order, are it.
+    _esm = "\n".join((_HERE / name).read_text() for name in ("desk_base.js", "desk_parts.js", "desk.js"))
     _css = _HERE / "desk.css"
 
     header = traitlets.Dict().tag(sync=True)
@@ -120,7 +122,7 @@ def plan_of(layers: dict[str, dict[str, Any]], old: Plan) -> Plan:
         )
         if setting != Setting():
             settings[name] = setting
-    return Plan(old.criterion, settings, old.seed, old.network)
+    return replace(old, settings=settings)
 
 
 def figures_of(lab: Lab) -> dict[str, int]:

@@ -29,11 +29,15 @@ from prunelab.program.selection import Selection
 from prunelab.program.surgery import cut
 from prunelab.program.trace import export
 from prunelab.progress import Progress
+from prunelab.repair import repair
 from prunelab.train.finetune import Epoch, finetune
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
+REPAIR_IMAGES = 1000
+"""How many training images a repair looks at."""
 
 Cuts = tuple[Mapping[str, tuple[int, ...]], ...]
 
@@ -144,6 +148,11 @@ class Lab:
         return self.stage.program.model
 
     @property
+    def original(self) -> nn.Module:
+        """The network that the lab began with."""
+        return self._first.program.model
+
+    @property
     def profile(self) -> Profile | None:
         """What the current network does on the training set, or None before :meth:`run_profile`."""
         return self.stage.profile
@@ -214,6 +223,10 @@ class Lab:
         for layer in self._free():
             plan = plan.set(layer.name, **setting)
         self.use(plan)
+
+    def repair(self, how: str) -> None:
+        """Correct the surviving weights: ``none`` or ``least-squares``; in the preview and in the commit alike."""
+        self.use(replace(self.plan, repair=how))
 
     def criterion(self, name: str) -> None:
         """Score channels by another criterion."""
@@ -305,16 +318,31 @@ class Lab:
 
     def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Quick accuracy of the plan on the probe images."""
-        found = self.stage.preview.accuracy(self.selection, n=self._probe, on_update=on_update)
+        found = self._accuracy(self._probe, on_update)
         if found.n == self._probe:
-            self._add("plan" if self.selection.kept or self.selection.masks else "dense", found)
+            self._add_measured(found)
         return found
 
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Accuracy of the plan on all of ``val``."""
-        found = self.stage.preview.accuracy(self.selection, on_update=on_update)
-        self._add("plan" if self.selection.kept or self.selection.masks else "dense", found)
+        found = self._accuracy(None, on_update)
+        self._add_measured(found)
         return found
+
+    def _accuracy(self, n: int | None, on_update: Callable[[Estimate], bool | None] | None) -> Estimate:
+        selection = self.selection
+        repaired = repair(self.program, selection, self.plan.repair, self._sample())
+        return self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update)
+
+    def _sample(self) -> Tensor | None:
+        """Training images for a repair."""
+        return None if self.plan.repair == "none" else labelled(_in_order(self.train), REPAIR_IMAGES)[0]
+
+    def _add_measured(self, found: Estimate) -> None:
+        if self.selection.kept or self.selection.masks:
+            self._add("plan", found)
+        elif not self.stage.cuts:
+            self._add("dense", found)
 
     def _add(self, kind: str, found: Estimate) -> None:
         now = self.cost()
@@ -326,7 +354,7 @@ class Lab:
 
     # Committing and training ------------------------------------------------------------------------------------------
 
-    def commit(self, *, repair: str = "none") -> nn.Module:
+    def commit(self) -> nn.Module:
         """Make the plan real: a new, smaller module becomes the current network; the plan starts afresh.
 
         Raises:
@@ -335,7 +363,7 @@ class Lab:
         selection = self.selection
         if not selection.kept and not selection.masks:
             raise PruneLabError("There is nothing to commit: the plan removes no channel and no weight.")
-        small = commit(self.program, selection, repair=repair)
+        small = commit(self.program, selection, repair=self.plan.repair, images=self._sample())
         masks = sliced_masks(self.program, self._masked(selection))
         self._enter(small, masks, (*self.stage.cuts, dict(selection.kept)), "commit")
         return small
@@ -366,7 +394,7 @@ class Lab:
     def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], cuts: Cuts, label: str) -> None:
         # Not proved again: a cut of a network that follows every cut follows them too.
         stage = self._stage(trace(model, self.program.example, prove=False), masks, cuts)
-        plan = Plan(criterion=self.plan.criterion, seed=self.plan.seed, network=stage.program.digest)
+        plan = replace(self.plan, settings={}, network=stage.program.digest)
         self._move((stage, plan))
         if get(plan.criterion).needs == "statistics":
             self.run_profile()

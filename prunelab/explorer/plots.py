@@ -92,7 +92,7 @@ def scatter(lab: Lab, dark: bool = False) -> Figure:
 def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
     """One layer: its scores as a histogram with mean ± k·std and the cut, and maps of the channels at the cut."""
     c = colours(dark)
-    figure = _figure(4.2, 3.6)
+    figure = _figure(4.2, 3.4)
     layer = lab.program.layer(name)
     if layer.pinned:
         figure.text(0.5, 0.5, f"{layer.name}\npinned: {layer.pinned}", ha="center", va="center", color=c["ink"], wrap=True)
@@ -104,7 +104,7 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
         gone = removed(setting, score, layer)
     maps = lab.profile.maps(layer, images=1) if lab.profile else None
     spatial = maps is not None and maps.dim() == 4
-    top, *below = figure.subfigures(2, 1, height_ratios=[3, 2]) if spatial else [figure]
+    top, *below = figure.subfigures(2, 1, height_ratios=[5, 2]) if spatial else [figure]
     top.patch.set_alpha(0.0)
     _histogram(top.add_subplot(), lab, layer, score, gone, c)
     if below:

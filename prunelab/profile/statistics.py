@@ -1,6 +1,7 @@
 """Streaming, mergeable statistics of every channel at a site.
 
-Everything is a float64 or integer sum, so that a profile of two halves, merged, is the profile of the whole.
+Everything is a sum over images in float64, so that a profile of two halves, merged, is the profile of the
+whole.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-# Bins of the pooled response: even steps of asinh(100·x), so that they are fine near zero and still reach ±1e4, and the
-# same for every data set: histograms of different parts can be added.
+# Bins of the pooled response: even steps of asinh(100·x), so that they are fine near zero and still reach
+# ±1e4, and the same for every data set: histograms of different parts can be added.
 BINS = 192
 _REACH = 14.6
 
@@ -29,7 +30,8 @@ class Statistics:
         positions: values seen per channel (images · positions in the map).
         zeros: shape ``(channels,)``: how many values were exactly zero.
         sum: shape ``(channels,)``: sum of values; ``sum_abs`` of absolute values, ``sum_squares`` of squares.
-        pooled_sum: shape ``(channels,)``: sum over images of the mean over positions; ``pooled_squares`` of its square.
+        pooled_sum: shape ``(channels,)``: sum over images of the mean over positions; ``pooled_squares`` of
+            its square.
         histogram: shape ``(channels, BINS)``: images by pooled response, in the bins of :func:`edges`.
     """
 
@@ -79,8 +81,8 @@ class Statistics:
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> Statistics:
         """The reverse of :meth:`arrays`."""
-        counts = {k: int(arrays[k]) for k in ("images", "positions")}
-        return cls(**{**{f.name: arrays[f.name] for f in fields(cls)}, **counts})
+        summed = (arrays[f.name] for f in fields(cls)[2:])
+        return cls(int(arrays["images"]), int(arrays["positions"]), *summed)
 
 
 def edges() -> Array:
@@ -88,31 +90,57 @@ def edges() -> Array:
     return np.sinh(np.linspace(-_REACH, _REACH, BINS + 1)) / 100.0
 
 
-def measure(value: Tensor, axis: int) -> Statistics:
+def measure(value: Tensor, axis: int, nonnegative: bool = False) -> Statistics:
     """Statistics of one batch.
+
+    Positions are summed in the value's own precision (at least float32) image by image, which does not depend
+    on how images are batched; images are summed in float64.
 
     Args:
         value: shape ``(images, …)`` with the channels along ``axis``.
+        nonnegative: no value is below zero, as after a ReLU: saves a pass.
     """
-    channels = value.shape[axis]
-    flat = value.detach().movedim(axis, 1).reshape(value.shape[0], channels, -1)
-    wide = flat.double()
-    sums = wide.sum(2)
-    pooled = sums / flat.shape[2]
-    bins = ((torch.asinh(pooled * 100.0) / _REACH + 1.0) * (BINS / 2)).floor().clamp_(0, BINS - 1).long()
-    histogram = torch.zeros(channels, BINS, dtype=torch.float64, device=value.device)
-    histogram.scatter_add_(1, bins.T.contiguous(), torch.ones_like(pooled.T))
+    images, channels = value.shape[0], value.shape[axis]
+    flat = value.detach().movedim(axis, 1).reshape(images, channels, -1)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    size = flat.shape[2]
+    sums = flat.sum(2).double()
+    absolute, nonzero = _magnitudes(flat, nonnegative)
+    pooled = sums / size
     return Statistics(
-        images=flat.shape[0],
-        positions=flat.shape[0] * flat.shape[2],
-        zeros=_array((flat == 0).sum((0, 2))),
+        images=images,
+        positions=images * size,
+        zeros=_array(images * size - nonzero),
         sum=_array(sums.sum(0)),
-        sum_abs=_array(wide.abs().sum((0, 2))),
-        sum_squares=_array(wide.square().sum((0, 2))),
+        sum_abs=_array(absolute.sum(0)),
+        sum_squares=_array(torch.linalg.vector_norm(flat, 2, 2).double().square().sum(0)),
         pooled_sum=_array(pooled.sum(0)),
         pooled_squares=_array(pooled.square().sum(0)),
-        histogram=_array(histogram),
+        histogram=_array(_histogram(pooled)),
     )
+
+
+def _magnitudes(flat: Tensor, nonnegative: bool) -> tuple[Tensor, Tensor]:
+    """Sums of absolute values ``(images, channels)`` and how many values differ from zero ``(channels,)``.
+
+    A few images at a time: what a whole batch makes on the way would not fit into the processor's cache.
+    """
+    step = max(1, (1 << 18) // max(1, flat[0].numel()))
+    parts = [part if nonnegative else part.abs() for part in flat.split(step)]
+    nonzero = torch.stack([part.sign().sum(2).double().sum(0) for part in parts]).sum(0)
+    return torch.cat([part.sum(2) for part in parts]).double(), nonzero
+
+
+def _histogram(pooled: Tensor) -> Tensor:
+    """Images by bin of the pooled response ``(images, channels)``, shape ``(channels, BINS)``."""
+    # asinh by hand: torch's own is several times slower.
+    scaled = pooled.abs() * 100.0
+    size = (scaled + (scaled.square() + 1.0).sqrt()).log()
+    place = (torch.copysign(size, pooled) / _REACH + 1.0) * (BINS / 2)
+    # What is not finite has no bin; whoever asks for statistics looks for it in the sums.
+    bins = place.nan_to_num().floor().clamp_(0, BINS - 1).long()
+    first = torch.arange(pooled.shape[1], device=pooled.device) * BINS
+    return torch.bincount((bins + first).flatten(), minlength=pooled.shape[1] * BINS).reshape(-1, BINS)
 
 
 def _array(tensor: Tensor) -> Array:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
 
 from prunelab.errors import PruneLabError
 from prunelab.profile.statistics import Array, Statistics
@@ -33,34 +35,55 @@ def digest_tensor(hasher: Any, tensor: Tensor) -> None:
     """Feed a tensor's type, shape and bytes to a hash."""
     flat = tensor.detach().cpu().contiguous().flatten()
     hasher.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    hasher.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+    hasher.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 def digest_data(data: Any) -> str:
-    """A name for a data set's content.
+    """A name for the content of a data set, or of the part of it that a loader reads.
 
-    A set with a ``fingerprint()`` names itself; tensors held in memory are hashed whole. Other sets are told apart by
-    their type, length and 64 items spread evenly, since hashing all of a large set costs as much as profiling it.
+    A set with a ``fingerprint()`` names itself; tensors held in memory are hashed whole. Other sets are told
+    apart by their type, length and 64 items spread evenly, since hashing all of a large set costs as much as
+    profiling it. A stream cannot be named without reading it: it gets a new name every time.
     """
-    dataset = getattr(data, "dataset", data)
-    if callable(getattr(dataset, "fingerprint", None)):
-        return str(dataset.fingerprint())
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(type(dataset).__name__.encode())
     tensors = getattr(dataset, "tensors", None)
-    if tensors is not None and all(isinstance(t, Tensor) for t in tensors):
+    if isinstance(dataset, IterableDataset) or not (
+        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    ):
+        return uuid.uuid4().hex
+    if callable(getattr(dataset, "fingerprint", None)):
+        hasher.update(str(dataset.fingerprint()).encode())
+    elif isinstance(tensors, tuple | list) and all(isinstance(t, Tensor) for t in tensors):
         for tensor in tensors:
             digest_tensor(hasher, tensor)
-    elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        length = len(dataset)
-        hasher.update(str(length).encode())
-        for i in np.unique(np.linspace(0, length - 1, min(64, length)).astype(int)).tolist():
-            for part in torch.utils._pytree.tree_leaves(dataset[i]):
-                digest_tensor(hasher, part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)))
     else:
-        # A stream cannot be named without reading it.
-        return uuid.uuid4().hex
+        _digest_items(hasher, dataset)
+    if isinstance(data, DataLoader):
+        _digest_loader(hasher, data)
     return hasher.hexdigest()
+
+
+def _digest_items(hasher: Any, dataset: Any) -> None:
+    length = len(dataset)
+    hasher.update(f"{type(dataset).__name__}{length}".encode())
+    for i in np.unique(np.linspace(0, length - 1, min(64, length)).astype(int)).tolist():
+        for part in tree_leaves(dataset[i]):
+            if isinstance(part, Tensor | np.ndarray | int | float):
+                digest_tensor(hasher, torch.as_tensor(part))
+            else:
+                # An image of PIL, a string: whatever it is, its bytes or its text.
+                hasher.update(part.tobytes() if hasattr(part, "tobytes") else repr(part).encode())
+
+
+def _digest_loader(hasher: Any, loader: DataLoader[Any]) -> None:
+    """Which items a loader reads, whatever their order: a profile does not depend on it."""
+    batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    items = sorted(
+        int(i) for batch in batches for i in (batch if isinstance(batch, list | tuple) else [batch])
+    )
+    hasher.update(np.array(items, np.int64).tobytes())
+    hasher.update(getattr(loader.collate_fn, "__qualname__", "").encode())
 
 
 def free_bytes(folder: Path) -> int:
@@ -70,7 +93,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def write(folder: Path, meta: Mapping[str, Any], stats: Mapping[str, Statistics], activations: Mapping[str, Tensor]) -> None:
+def write(
+    folder: Path, meta: Mapping[str, Any], stats: Mapping[str, Statistics], activations: Mapping[str, Tensor]
+) -> None:
     """Write a profile beside its place, then rename: a reader sees all of it or nothing.
 
     Raises:
@@ -82,7 +107,11 @@ def write(folder: Path, meta: Mapping[str, Any], stats: Mapping[str, Statistics]
     beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir()
-        tensors = {f"{site}/{k}": torch.from_numpy(np.array(v)) for site, s in stats.items() for k, v in s.arrays().items()}
+        tensors = {
+            f"{site}/{k}": torch.from_numpy(np.array(v))
+            for site, s in stats.items()
+            for k, v in s.arrays().items()
+        }
         save_file(tensors, beside / "statistics.safetensors")
         save_file({k: v.contiguous() for k, v in activations.items()}, beside / "activations.safetensors")
         (beside / "profile.json").write_text(json.dumps({"format": FORMAT, **meta}, indent=1))
@@ -117,5 +146,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Statistics], dict[str,
     except PruneLabError:
         raise
     except Exception as error:
-        raise PruneLabError(f"The profile in {folder} is damaged or not prunelab's ({error}); delete the folder.") from error
+        raise PruneLabError(
+            f"The profile in {folder} is damaged or not prunelab's ({error}); delete the folder."
+        ) from error
     return meta, stats, activations

@@ -1,18 +1,19 @@
-"""Channel classes and layers: what must be removed together, what a row of the desk is, and what is pinned."""
+"""Channel classes and layers: what must go together, what a row of the desk is, and what is pinned."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunelab.program.ids import FIXED, Ids, Ties
+from prunelab.program.context import Context, Value
+from prunelab.program.ids import FIXED, Dims, Ids, Ties
 from prunelab.program.nodes import Node, Ref
-from prunelab.program.rules import Context, Value, apply
+from prunelab.program.rules import apply
 
 # Weights whose dimension (second) makes channels; everything else follows them.
 _PRODUCERS = {
@@ -30,7 +31,8 @@ class Slot:
     Attributes:
         state: name of the parameter or buffer.
         dim: its dimension.
-        index: shape ``(channels, times)``: the positions of each channel (``times`` > 1 after a flatten of a map).
+        index: shape ``(channels, times)``: the positions of each channel (``times`` > 1 after a flatten of a
+            map).
     """
 
     state: str
@@ -92,37 +94,47 @@ def module_of(state: str) -> str:
     return state.rpartition(".")[0] or state
 
 
-def find(nodes: tuple[Node, ...], outputs: tuple[object, ...], axes: Mapping[int, int], pins: Mapping[str, str]) -> Structure:
+def find(
+    nodes: tuple[Node, ...],
+    outputs: tuple[object, ...],
+    constants: Collection[str],
+    pins: Mapping[int, str],
+    axes: Mapping[int, int],
+) -> Structure:
     """Carry ids through the program and group them.
 
     Args:
-        axes: for reshapes that split a channel dimension, which part stays removable (by node index).
-        pins: layers to pin beyond what the rules find, by producer ``state`` name, with the reason.
+        constants: states that no commit can cut: tensors that are neither parameters nor buffers.
+        pins: classes to pin beyond what the rules find, by label, with the reason.
+        axes: for reshapes that split a channel dimension, which part stays removable, by node index.
     """
     ties = Ties()
     values: list[Value] = []
     slots: dict[str, tuple[Ids | None, ...]] = {}
     for node in nodes:
         if node.kind == "op":
-            context = Context(node, nodes, values, ties, dict(axes))
-            values.append(apply(context))
-        elif node.kind == "state" and node.shape is not None:
+            values.append(apply(Context(node, nodes, values, ties, dict(axes))))
+        elif node.kind == "state" and node.shape is not None and node.target not in constants:
             if node.target not in slots:
                 slots[node.target] = tuple(ties.fresh(n) if n > 1 else None for n in node.shape)
             values.append(slots[node.target])
         else:
             values.append((None,) * len(node.shape) if node.shape is not None else None)
     for output in outputs:
-        value = values[output.index] if isinstance(output, Ref) else None
-        for dims in value if isinstance(value, list) else [value]:
-            for ids in dims or ():
+        for dims in _tensors(values[output.index]) if isinstance(output, Ref) else ():
+            for ids in dims:
                 ties.pin(ids, OUTPUT)
     label, reasons = ties.labels()
-    layers = _layers(nodes, values, slots, label, reasons, pins)
+    layers = _layers(nodes, values, slots, label, {**pins, **reasons})
     owner = np.full(len(label), -1, np.int32)
     for k, layer in enumerate(layers):
         owner[layer.labels] = k
     return Structure(tuple(values), label, owner, tuple(layers))
+
+
+def _tensors(value: Value) -> list[Dims]:
+    """Ids of every tensor in a value."""
+    return value if isinstance(value, list) else ([] if value is None else [value])
 
 
 def _layers(
@@ -131,36 +143,35 @@ def _layers(
     slots: Mapping[str, tuple[Ids | None, ...]],
     label: Ids,
     reasons: Mapping[int, str],
-    pins: Mapping[str, str],
 ) -> list[Layer]:
-    """Group classes that occupy the same dimensions equally often and share the reason for a pin."""
-    places = [(state, dim) for state, dims in slots.items() for dim, ids in enumerate(dims) if ids is not None]
-    arrays = [ids for dims in slots.values() for ids in dims if ids is not None]
+    """One layer for all classes that are alike and share the reason for a pin."""
+    places = {(s, dim): ids for s, dims in slots.items() for dim, ids in enumerate(dims) if ids is not None}
     producers = _producers(nodes)
-    found: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for place, ids in enumerate(arrays):
-        labels, first, times = np.unique(label[ids], return_index=True, return_counts=True)
-        for root, at, count in zip(labels.tolist(), first.tolist(), times.tolist(), strict=True):
-            found[root].append((place, count, at))
-    extra = _uneven(values, label)
-    groups: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
-    for root, occurrences in found.items():
-        makers = [o for o in occurrences if places[o[0]] in producers]
-        if not makers:
-            continue
-        first = min(makers, key=lambda o: producers[places[o[0]]])
-        signature = (tuple((p, n) for p, n, _ in occurrences), reasons.get(root, ""), extra.get(root, ()))
-        groups[signature].append((first[2], root))
-    layers = []
-    for signature, members in groups.items():
-        roots = np.array([root for _, root in sorted(members)], np.int64)
-        occupied = [places[p] for p, _ in signature[0]]  # type: ignore[attr-defined]  # the tuple built above
-        makers_ = sorted((p for p in occupied if p in producers), key=producers.__getitem__)
-        reason = str(signature[1]) or next((pins[s] for s, _ in makers_ if s in pins), "")
-        slot_list = tuple(_slot(state, dim, slots[state][dim], label, roots) for state, dim in occupied)
-        layers.append((makers_, slot_list, roots, reason))
-    layers.sort(key=lambda item: (producers[item[0][0]], item[2][0]))
-    names = _names([item[0] for item in layers])
+    first: dict[int, int] = {}
+    for place in producers:
+        if place in places:
+            made, at = np.unique(label[places[place]], return_index=True)
+            first = dict(zip(made.tolist(), at.tolist(), strict=True)) | first
+    alike = _alike(values, label)
+    groups: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
+    for root, position in first.items():
+        groups[int(alike[root]), reasons.get(root, "")].append((position, root))
+    found = [
+        (np.array([root for _, root in sorted(g)], np.int64), reason) for (_, reason), g in groups.items()
+    ]
+    occupied = _occupied(places, label, {int(roots[0]) for roots, _ in found})
+    filters = _depthwise(nodes)
+    rows = []
+    for roots, reason in found:
+        at_places = occupied[int(roots[0])]
+        makers = sorted((p for p in at_places if p in producers), key=producers.__getitem__)
+        # A depthwise convolution only filters the channels that another weight makes.
+        makers = [p for p in makers if p[0] not in filters] or makers
+        slot_list = tuple(_slot(state, dim, places[state, dim], label, roots) for state, dim in at_places)
+        rows.append((makers, slot_list, roots, reason))
+    rows.sort(key=lambda row: (producers[row[0][0]], row[2][0]))
+    names = _names([makers for makers, *_ in rows])
+    calls, users = _calls(nodes), _users(nodes)
     return [
         Layer(
             name=name,
@@ -171,23 +182,16 @@ def _layers(
             labels=roots,
             pinned=reason,
             stage=_stage(makers),
-            sites=_sites(nodes, values, makers, label, roots),
+            sites=_sites(
+                nodes, values, [i for state, _ in makers for i in calls[state]], users, label, roots
+            ),
         )
-        for name, (makers, slot_list, roots, reason) in zip(names, layers, strict=True)
+        for name, (makers, slot_list, roots, reason) in zip(names, rows, strict=True)
     ]
 
 
-def _slot(state: str, dim: int, ids: Ids | None, label: Ids, roots: Ids) -> Slot:
-    assert ids is not None
-    labels = label[ids]
-    order = np.argsort(labels, kind="stable")
-    at = np.searchsorted(labels[order], roots)
-    times = int((labels == roots[0]).sum())
-    return Slot(state, dim, order[at[:, None] + np.arange(times)])
-
-
 def _producers(nodes: tuple[Node, ...]) -> dict[tuple[str, int], int]:
-    """``(state, dimension)`` of every weight that makes channels, with its place in the order of execution."""
+    """``(state, dimension)`` of every weight that makes channels, and its place in the order of execution."""
     found: dict[tuple[str, int], int] = {}
     for node in nodes:
         name, dim = _PRODUCERS.get(node.opname, ("", 0))
@@ -197,26 +201,56 @@ def _producers(nodes: tuple[Node, ...]) -> dict[tuple[str, int], int]:
     return found
 
 
-def _uneven(values: list[Value], label: Ids) -> dict[int, tuple[tuple[int, int], ...]]:
-    """How often a class stands in each value's dimension, where that is not once for all of them.
+def _depthwise(nodes: tuple[Node, ...]) -> set[str]:
+    """Weights of convolutions with one input channel in every group."""
+    convolutions = [n for n in nodes if n.opname.startswith("conv") and int(n.args.get("groups", 1)) > 1]
+    weights = [nodes[n.args["weight"].index] for n in convolutions]
+    return {w.target for w in weights if w.shape is not None and w.shape[1] == 1}
 
-    Cost counts positions of values; within a layer every channel must count the same.
+
+def _alike(values: list[Value], label: Ids) -> NDArray[np.int64]:
+    """A number for every class, equal for classes that stand equally often in every dimension of every value.
+
+    Only such classes make one layer: whichever of them go, every size is then a multiple of how many are
+    left, and no part of the network can lose all its channels while the layer keeps one.
     """
-    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    number = np.zeros(len(label), np.int64)
+    highest = 0
     seen: set[int] = set()
-    serial = 0
-    for value in values:
-        for dims in value if isinstance(value, list) else [value]:
-            for ids in dims or ():
-                if ids is None or id(ids) in seen:
-                    continue
-                seen.add(id(ids))
-                roots, times = np.unique(label[ids[ids != FIXED]], return_counts=True)
-                serial += 1
-                if times.size and times.min() != times.max():
-                    for root, n in zip(roots.tolist(), times.tolist(), strict=True):
-                        found[root].append((serial, n))
-    return {root: tuple(pairs) for root, pairs in found.items()}
+    for ids in (ids for value in values for dims in _tensors(value) for ids in dims):
+        if ids is None or id(ids) in seen:
+            continue
+        seen.add(id(ids))
+        roots, times = np.unique(label[ids[ids != FIXED]], return_counts=True)
+        kinds, kind = np.unique(number[roots] * (len(ids) + 1) + times, return_inverse=True)
+        number[roots] = highest + 1 + kind
+        highest += len(kinds)
+    return number
+
+
+def _occupied(
+    places: Mapping[tuple[str, int], Ids], label: Ids, leads: Collection[int]
+) -> dict[int, list[tuple[str, int]]]:
+    """For one class of every layer, the places where it stands."""
+    wanted = np.array(sorted(leads), np.int64)
+    found: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for place, ids in places.items():
+        for root in np.intersect1d(label[ids], wanted).tolist():
+            found[root].append(place)
+    return found
+
+
+def _slot(state: str, dim: int, ids: Ids, label: Ids, roots: Ids) -> Slot:
+    return Slot(state, dim, positions(ids, label, roots))
+
+
+def positions(ids: Ids, label: Ids, roots: Ids) -> NDArray[np.int64]:
+    """Where classes stand along a dimension, shape ``(classes, times)``; each stands there equally often."""
+    labels = label[ids]
+    order = np.argsort(labels, kind="stable")
+    at = np.searchsorted(labels[order], roots)
+    times = int((labels == roots[0]).sum())
+    return np.asarray(order[at[:, None] + np.arange(times)], np.int64)
 
 
 def _names(producers: list[list[tuple[str, int]]]) -> list[str]:
@@ -247,35 +281,58 @@ def _stage(makers: list[tuple[str, int]]) -> str:
 
 def _kind(nodes: tuple[Node, ...], makers: list[tuple[str, int]]) -> str:
     makes = {(nodes[r.index].target, n.opname) for n in nodes if isinstance(r := n.args.get("weight"), Ref)}
-    kinds = ["conv" if op.startswith("conv") else op for state, _ in makers for name, op in makes if name == state]
+    kinds = [
+        "conv" if op.startswith("conv") else op for state, _ in makers for name, op in makes if name == state
+    ]
     return kinds[0] if len(makers) == 1 and kinds else ("stream" if len(makers) > 1 else "weight")
 
 
-_ACTIVATIONS = set(
-    "relu relu6 hardtanh silu hardswish sigmoid tanh gelu elu selu celu leaky_relu softplus mish prelu hardsigmoid".split()
-)
+_ACTIVATIONS = {
+    *("relu", "relu6", "hardtanh", "silu", "hardswish", "sigmoid", "tanh", "gelu", "elu", "selu", "celu"),
+    *("leaky_relu", "softplus", "mish", "prelu", "hardsigmoid"),
+}
 _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 _CARRIERS = {"add", "cat", "dropout", "contiguous", "clone"}
 
 
-def _sites(
-    nodes: tuple[Node, ...], values: list[Value], makers: list[tuple[str, int]], label: Ids, roots: Ids
-) -> tuple[int, ...]:
-    """Where each producer's channels are observed: its value followed through norm, sum and concatenation to the
-    first activation; per call, so a module used twice has two sites."""
-    users: dict[int, list[int]] = defaultdict(list)
-    for node in nodes:
-        for i in node.inputs:
-            users[i].append(node.index)
-    states = {state for state, _ in makers}
-    sites: dict[int, None] = {}
+def _calls(nodes: tuple[Node, ...]) -> dict[str, list[int]]:
+    """The nodes that make channels with a weight, by its name."""
+    found: dict[str, list[int]] = defaultdict(list)
     for node in nodes:
         weight = node.args.get("weight")
-        if node.opname not in _PRODUCERS or not isinstance(weight, Ref) or nodes[weight.index].target not in states:
-            continue
-        sites[_follow(node.index, nodes, users)] = None
-    wanted = set(roots.tolist())
-    return tuple(s for s in sites if channel_axis(values[s], label, wanted) is not None)
+        if node.opname in _PRODUCERS and isinstance(weight, Ref):
+            found[nodes[weight.index].target].append(node.index)
+    return found
+
+
+def _users(nodes: tuple[Node, ...]) -> dict[int, list[int]]:
+    """The nodes that read each value."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for node in nodes:
+        for i in node.inputs:
+            found[i].append(node.index)
+    return found
+
+
+def _sites(
+    nodes: tuple[Node, ...],
+    values: list[Value],
+    calls: list[int],
+    users: Mapping[int, list[int]],
+    label: Ids,
+    roots: Ids,
+) -> tuple[int, ...]:
+    """Where each producer's channels are observed.
+
+    Its value is followed through norm, sum and concatenation to the first activation; per call, so a module
+    used twice has two sites. Where the channels are no longer together there, they are observed as they are
+    produced.
+    """
+    sites: dict[int, None] = {}
+    for call in sorted(calls):
+        site = _follow(call, nodes, users)
+        sites[call if channel_axis(values[site], label, roots) is None else site] = None
+    return tuple(sites)
 
 
 def _follow(at: int, nodes: tuple[Node, ...], users: Mapping[int, list[int]]) -> int:
@@ -288,11 +345,11 @@ def _follow(at: int, nodes: tuple[Node, ...], users: Mapping[int, list[int]]) ->
     return at
 
 
-def channel_axis(value: Value, label: Ids, wanted: set[int]) -> int | None:
+def channel_axis(value: Value, label: Ids, roots: Ids) -> int | None:
     """The dimension of a value along which these classes lie, or None."""
     if not isinstance(value, tuple):
         return None
     for k, ids in enumerate(value):
-        if ids is not None and wanted <= set(label[ids].tolist()):
+        if ids is not None and np.isin(roots, label[ids]).all():
             return k
     return None

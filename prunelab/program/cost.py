@@ -1,22 +1,25 @@
 """Closed-form cost: parameters, MACs and FLOPs as products of sizes that are linear in what each layer keeps.
 
-A term is ``coefficient · Π sizes``; a size is ``constant + Σ times · kept[layer]``. The same terms go to the browser, so
-that it can do the same arithmetic while a hand moves a slider.
+A term is ``coefficient · Π sizes``; a size is ``constant + Σ times · kept[layer]``. The same terms go to the
+browser, so that it can do the same arithmetic while a hand moves a slider.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.program.channels import Structure
 from prunelab.program.ids import FIXED, Ids
-from prunelab.program.nodes import Node
+from prunelab.program.nodes import Node, map_refs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +33,7 @@ class Size:
     layers: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, kept: list[int]) -> int:
+        """The size when every layer keeps so many channels."""
         value = self.constant
         for layer, times in self.layers:
             value += times * kept[layer]
@@ -46,6 +50,7 @@ class Term:
     dtype_bytes: int = 0
 
     def __call__(self, kept: list[int]) -> int:
+        """The product when every layer keeps so many channels."""
         value = self.coefficient
         for size in self.sizes:
             value *= size(kept)
@@ -94,11 +99,18 @@ class Cost:
         return f"{self.params:,} parameters, {self.flops:,} FLOPs per image, {self.bytes:,} bytes"
 
 
-def terms(nodes: tuple[Node, ...], structure: Structure, parameters: dict[str, int], buffers: dict[str, int]) -> Terms:
+def terms(
+    nodes: tuple[Node, ...],
+    structure: Structure,
+    parameters: dict[str, int],
+    buffers: dict[str, int],
+    images: int = 1,
+) -> Terms:
     """Terms of every parameter, buffer and operator.
 
     Args:
         parameters: bytes per element of every parameter, by name; ``buffers`` likewise.
+        images: how many images the nodes' shapes are for.
     """
     size = _sizer(structure)
     found: dict[str, Term] = {}
@@ -112,7 +124,11 @@ def terms(nodes: tuple[Node, ...], structure: Structure, parameters: dict[str, i
     return Terms(
         params=tuple(found[n] for n in parameters if n in found),
         buffers=tuple(found[n] for n in buffers if n in found),
-        macs=tuple(t for node in nodes for t in _macs(node, nodes, structure, size)),
+        macs=tuple(
+            replace(t, coefficient=t.coefficient // images)
+            for node in nodes
+            for t in _macs(node, nodes, structure, size)
+        ),
     )
 
 
@@ -141,7 +157,7 @@ def _term(coefficient: int, sizes: list[Size], name: str, width: int = 0) -> Ter
 
 
 def _macs(node: Node, nodes: tuple[Node, ...], structure: Structure, size: Any) -> list[Term]:
-    """Multiply-accumulates of one operator per image; empty for operators that the FLOP counter counts as free."""
+    """Multiply-accumulates of one operator per image; empty where the FLOP counter counts none."""
 
     def sizes(index: int) -> list[Size]:
         dims, shape = structure.values[index], nodes[index].shape
@@ -152,17 +168,48 @@ def _macs(node: Node, nodes: tuple[Node, ...], structure: Structure, size: Any) 
         return sizes(node.args[argument].index)
 
     name = node.opname
-    if name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    if name.startswith("conv_transpose") or name in ("conv1d", "conv2d", "conv3d"):
         weight = of("weight")
-        return [_term(1, [*weight, *of("input")[2 - len(weight) :]], node.module)]
-    if name in ("conv1d", "conv2d", "conv3d"):
-        weight = of("weight")
-        return [_term(1, [*weight, *sizes(node.index)[2 - len(weight) :]], node.module)]
+        positions = of("input") if "transpose" in name else sizes(node.index)
+        # All but the channels: images, unless there is a single one without a dimension of its own, and places.
+        batch, places = positions[: len(positions) - len(weight) + 1], positions[2 - len(weight) :]
+        return [_term(1, [*weight, *batch, *places], node.module)]
     if name == "linear":
         return [_term(1, [*of("input")[:-1], *of("weight")], node.module)]
-    if name in ("matmul", "bmm", "mm"):
+    if name in ("matmul", "bmm", "mm") and all(len(nodes[i].shape or ()) > 1 for i in node.inputs):
         return [_term(1, [of(next(iter(node.args)))[-1], *sizes(node.index)], node.module)]
     if name == "scaled_dot_product_attention":
         q, k, v = of("query"), of("key"), of("value")
         return [_term(1, [*q, k[-2]], node.module), _term(1, [*q[:-1], k[-2], v[-1]], node.module)]
+    if name in _COUNTED:
+        return [Term(_count(node, nodes), (), node.module)]
     return []
+
+
+# Operators that multiply, and whose channels are all pinned: their cost is a constant, counted once.
+_COUNTED = {
+    "matmul",
+    "einsum",
+    "addmm",
+    "baddbmm",
+    "addbmm",
+    "bilinear",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+}
+
+
+def _count(node: Node, nodes: tuple[Node, ...]) -> int:
+    """Multiply-accumulates as ``torch.utils.flop_counter`` counts them, on tensors without data."""
+
+    def empty(index: int) -> Tensor:
+        shape = nodes[index].shape
+        assert shape is not None
+        return torch.empty(shape, device="meta")
+
+    assert node.op is not None
+    with FlopCounterMode(display=False) as counter:
+        node.op(**{argument: map_refs(value, empty) for argument, value in node.args.items()})
+    return int(counter.get_total_flops()) // 2

@@ -1,8 +1,8 @@
 """Channel ids: which positions of which tensors stand for the same channel.
 
-Every position along every dimension of every parameter and buffer starts as an id of its own. Operators tie ids
-together (a convolution ties its input's channels to dimension 1 of its weight) or pin them (an output class cannot go).
-What is tied in the end is a *channel class*: the slots that must be removed together.
+Every position along every dimension of every parameter and buffer starts as an id of its own. Operators tie
+ids together (a convolution ties its input's channels to dimension 1 of its weight) or pin them (an output
+class cannot go). What is tied in the end is a *channel class*: the slots that must be removed together.
 """
 
 from __future__ import annotations
@@ -36,11 +36,16 @@ class Ties:
         return ids
 
     def tie(self, a: Ids | None, b: Ids | None, reason: str) -> None:
-        """Positions ``a[i]`` and ``b[i]`` go together; where one side is fixed the other is pinned for ``reason``."""
+        """Positions ``a[i]`` and ``b[i]`` go together; where one is fixed the other is pinned."""
         if a is None or b is None:
             self.pin(b if a is None else a, reason)
             return
         if a is b:
+            return
+        if a.shape != b.shape:
+            # Broadcast or otherwise unlike: they do not meet one by one.
+            self.pin(a, reason)
+            self.pin(b, reason)
             return
         fixed = (a == FIXED) | (b == FIXED)
         if fixed.any():
@@ -59,7 +64,8 @@ class Ties:
         """Connected components.
 
         Returns:
-            label of every id, shape ``(count,)`` (the smallest id of its class), and the reason for every pinned label.
+            label of every id, shape ``(count,)`` (the smallest id of its class), and the reason for every
+            pinned label.
         """
         label = np.arange(self.count, dtype=np.int64)
         if self.left:
@@ -103,8 +109,9 @@ def merge(parts: list[tuple[int, Ids | None]], ties: Ties, reason: str) -> Ids |
 def split(ids: Ids | None, sizes: list[int], axis: int | None, ties: Ties) -> list[Ids | None]:
     """Ids of one dimension unfolded into several.
 
-    Where the ids already vary along one of the new dimensions only (a flatten undone), that dimension gets them. Else
-    the part must stay a full grid, so the positions of each index along ``axis`` are tied across all other dimensions.
+    Where the ids already vary along one of the new dimensions only (a flatten undone), that dimension gets
+    them. Else the part must stay a full grid, so the positions of each index along ``axis`` are tied across
+    all other dimensions.
 
     Args:
         axis: which new dimension stays removable; None picks the last one longer than 1.
@@ -112,19 +119,18 @@ def split(ids: Ids | None, sizes: list[int], axis: int | None, ties: Ties) -> li
     out: list[Ids | None] = [None] * len(sizes)
     if ids is None or not (ids != FIXED).any():
         return out
-    grid = ids.reshape(sizes)
-    long = [k for k, n in enumerate(sizes) if n > 1]
-    for k in long:
-        first = np.moveaxis(grid, k, 0).reshape(sizes[k], -1)
-        if (first == first[:, :1]).all():
-            out[k] = first[:, 0].copy()
-            return out
-    if not long:
-        out[-1] = ids
+    if not sizes:
+        ties.pin(ids, "its dimension is dropped")
         return out
+    long = [k for k, n in enumerate(sizes) if n > 1] or [len(sizes) - 1]
+    columns = [np.moveaxis(ids.reshape(sizes), k, 0).reshape(sizes[k], -1) for k in long]
+    for k, column in zip(long, columns, strict=True):
+        if (column == column[:, :1]).all():
+            out[k] = column[:, 0]
+            return out
     k = long[-1] if axis is None else axis
-    first = np.moveaxis(grid, k, 0).reshape(sizes[k], -1)
-    for column in range(1, first.shape[1]):
-        ties.tie(first[:, 0].copy(), first[:, column].copy(), "it is reshaped together with something that cannot shrink")
-    out[k] = first[:, 0].copy()
+    column = columns[long.index(k)]
+    for other in range(1, column.shape[1]):
+        ties.tie(column[:, 0], column[:, other], "it is reshaped together with what cannot shrink")
+    out[k] = column[:, 0]
     return out

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from prunelab.errors import PruneLabError, unknown
@@ -16,9 +15,17 @@ from prunelab.program import cost as costs
 from prunelab.program.channels import Layer, Structure, find
 from prunelab.program.nodes import Node
 from prunelab.program.proof import unprovable
-from prunelab.program.run import last_used, literal_nodes, slice_states
+from prunelab.program.run import checked_masks, kept_layers, last_used, literal_nodes, slice_states
 from prunelab.program.selection import DENSE, Selection
-from prunelab.program.trace import aliases, as_example, eval_mode, export, state_tensors, to_nodes, unwrap
+from prunelab.program.trace import (
+    aliases,
+    as_example,
+    constants,
+    export,
+    state_tensors,
+    to_nodes,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +44,7 @@ class Layers(tuple[Layer, ...]):
         return table
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per layer: name, kind, channels, members, share of parameters and FLOPs, pinned because."""
+        """One dict per layer: name, kind, channels, members, shares of parameters and FLOPs, why pinned."""
         return [
             {
                 "name": layer.name,
@@ -60,12 +67,16 @@ class Layers(tuple[Layer, ...]):
     def __repr__(self) -> str:
         heads = ["layer", "kind", "channels", "members", "params", "FLOPs", "pinned because"]
         body = [
-            [r["name"], r["kind"], f"{r['channels']}", f"{r['members']}", f"{r['params']:.1%}", f"{r['flops']:.1%}",
+            [r["name"], r["kind"], f"{r['channels']}", f"{r['members']}", f"{r['params']:.1%}",
+            f"{r['flops']:.1%}",
              r["pinned because"]]
             for r in self.rows()
         ]  # fmt: skip
         widths = [max(len(line[k]) for line in [heads, *body]) for k in range(len(heads))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *body])
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in [heads, *body]
+        )
 
     def _repr_html_(self) -> str:
         styled = self.to_frame()
@@ -83,6 +94,8 @@ class Program:
         structure: channel ids, classes and layers.
         terms: closed-form cost.
         batch: None when any number of images can run at once, else the number that the user's code fixes.
+        example: the arguments that it was traced with.
+        constants: tensors that the user's code holds besides parameters and buffers, by name.
     """
 
     model: nn.Module
@@ -92,6 +105,7 @@ class Program:
     terms: costs.Terms
     batch: int | None
     example: tuple[Any, ...]
+    constants: Mapping[str, Tensor]
 
     @cached_property
     def layers(self) -> Layers:
@@ -121,12 +135,18 @@ class Program:
         return literal_nodes(self.nodes)
 
     @cached_property
+    def state_nodes(self) -> dict[str, int]:
+        """The (first) node of every parameter, buffer and constant."""
+        states = [n for n in self.nodes if n.kind == "state" and n.shape is not None]
+        return {n.target: n.index for n in reversed(states)}
+
+    @cached_property
     def _positions(self) -> dict[str, int]:
         return {layer.name: k for k, layer in enumerate(self.structure.layers)}
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return state_tensors(self.model)
+        return {**self.constants, **state_tensors(self.model)}
 
     def state(self, name: str) -> Tensor:
         """A parameter or buffer of the user's model, detached (shared memory: read only)."""
@@ -161,8 +181,8 @@ class Program:
     def widths(self, selection: Selection) -> list[int]:
         """Channels kept in every layer, in the order of ``layers``."""
         kept = [layer.channels for layer in self.structure.layers]
-        for name, channels in selection.kept.items():
-            kept[self.position(name)] = len(channels)
+        for at, channels in kept_layers(self, selection).items():
+            kept[at] = len(channels)
         return kept
 
     @cached_property
@@ -173,7 +193,8 @@ class Program:
 
     def __repr__(self) -> str:
         pinned = sum(bool(layer.pinned) for layer in self.layers)
-        return f"Program of {type(self.model).__name__}: {len(self.layers)} layers, {pinned} pinned\n{self.layers!r}"
+        head = f"Program of {type(self.model).__name__}: {len(self.layers)} layers, {pinned} pinned"
+        return f"{head}\n{self.layers!r}"
 
 
 def _add(table: dict[str, tuple[int, int]], key: str, params: int, macs: int) -> None:
@@ -189,8 +210,8 @@ def trace(model: nn.Module, example: Any, *, prove: bool = True) -> Program:
     Args:
         model: any ``nn.Module``; wrappers of torch (``DataParallel``, ``torch.compile``) are looked through.
         example: an input of forward, shape ``(images, …)``, or a tuple of all its arguments.
-        prove: try a cut of every layer on the user's own ``forward``, without data, and pin the layers whose cut the
-            forward does not follow.
+        prove: try cuts of every layer on the user's own ``forward``, without data, and pin the layers whose
+            cut the forward does not follow.
 
     Raises:
         PruneLabError: the model cannot run on the example, or its forward cannot be traced.
@@ -201,13 +222,10 @@ def trace(model: nn.Module, example: Any, *, prove: bool = True) -> Program:
     args = as_example(example)
     exported = export(model, args)
     nodes, outputs = to_nodes(exported, model)
-    flat = tuple(torch.utils._pytree.tree_leaves(args))
-    program = _build(model, nodes, outputs, flat, {}, {})
-    if not prove:
-        return program
-    with eval_mode(model):
-        pins = unprovable(program, args)
-    return _build(model, nodes, outputs, flat, {}, pins) if pins else program
+    held = constants(exported)
+    program = _build(model, nodes, outputs, args, held, {})
+    pins = unprovable(program) if prove else {}
+    return _build(model, nodes, outputs, args, held, pins) if pins else program
 
 
 def _build(
@@ -215,12 +233,13 @@ def _build(
     nodes: tuple[Node, ...],
     outputs: tuple[Any, ...],
     example: tuple[Any, ...],
-    axes: Mapping[int, int],
-    pins: Mapping[str, str],
+    held: Mapping[str, Tensor],
+    pins: Mapping[int, str],
 ) -> Program:
-    structure = find(nodes, outputs, axes, pins)
+    structure = find(nodes, outputs, held.keys(), pins, {})
     first = next(n for n in nodes if n.kind == "input" and n.shape is not None)
     assert first.shape is not None
+    batch = None if first.batched[0] else first.shape[0]
     persistent = set(aliases(model).values()) & set(model.state_dict())
     parameters = {n: p.element_size() for n, p in model.named_parameters()}
     buffers = {n: b.element_size() for n, b in model.named_buffers() if n in persistent}
@@ -229,9 +248,10 @@ def _build(
         nodes=nodes,
         outputs=outputs,
         structure=structure,
-        terms=costs.terms(nodes, structure, parameters, buffers),
-        batch=None if first.batched[0] else first.shape[0],
+        terms=costs.terms(nodes, structure, parameters, buffers, batch or 1),
+        batch=batch,
         example=example,
+        constants=held,
     )
 
 
@@ -254,7 +274,9 @@ def cost(program: Program, selection: Selection = DENSE) -> costs.Cost:
 
 
 def sliced_masks(program: Program, selection: Selection) -> dict[str, Tensor]:
-    """A selection's weight masks in the shapes of the committed module, by parameter name: what fine-tuning holds."""
-    only = Selection(kept=selection.kept)
-    found = slice_states(program, only, lambda n: selection.masks[n] if n in selection.masks else program.state(n))
-    return {name: found[name] for name in selection.masks}
+    """A selection's weight masks in the shapes of the committed module, by parameter name.
+
+    They are what fine-tuning holds.
+    """
+    masks = checked_masks(program, selection)
+    return slice_states(program, Selection(kept=selection.kept), masks.__getitem__, masks)

@@ -1,18 +1,25 @@
-"""The proof that a cut is safe: the user's own forward, run without data on a cut copy, must call the same operators on
-the same shapes as the program does. Layers for which it does not are pinned, with the reason."""
+"""The proof that a cut is safe, without data.
+
+The user's own forward, run on a cut copy, must call the same operators on the same shapes as the program
+does. Layers for which it does not are pinned, with the reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunelab.program.guard import eval_mode, quiet
 from prunelab.program.run import bind
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.surgery import cut
@@ -22,121 +29,198 @@ if TYPE_CHECKING:
 
 Calls = list[tuple[str, tuple[Any, ...]]]
 
-# Operators that only rename or reinterpret memory, or check; the program may call more or fewer of them than forward.
-_SILENT = {"detach", "alias", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "clone", "expand"}
+# Operators that only rename or reinterpret memory, or check; the program may call more or fewer than forward.
+_SILENT = {
+    *("detach", "alias", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "clone", "expand"),
+    *("_assert_tensor_metadata", "_assert_scalar", "_assert_async"),
+}
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operator that computes, with the shapes it reads."""
+    """Writes down every operator that computes, with the shapes and numbers it reads."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: Calls = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name.strip("_") not in {s.strip("_") for s in _SILENT} and not name.startswith("_assert"):
-            leaves = tree_leaves((args, kwargs or {}))
-            read = tuple(
-                tuple(v.shape) if isinstance(v, Tensor) else v for v in leaves if isinstance(v, Tensor | int | bool)
-            )
-            self.calls.append((name.rstrip("_"), read))
+        call = _call(func, args, kwargs or {})
+        if call is not None:
+            self.calls.append(call)
         return func(*args, **(kwargs or {}))
 
 
-def unprovable(program: Program, args: tuple[Any, ...]) -> dict[str, str]:
-    """Producers of layers whose cut the user's forward does not follow, each with the reason.
+def _call(func: Any, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]] | None:
+    """An operator's name and the shapes and numbers it reads; None for one that moves nothing."""
+    # An in-place operator is compared with its pure twin.
+    name = func.overloadpacket.__name__
+    pure = name.rstrip("_")
+    if func.namespace == "prim" or name in _SILENT or pure in _SILENT:
+        return None
+    if pure == "slice":
+        size = args[0].shape[args[1] if len(args) > 1 else 0]
+        taken = slice(*(*args[2:], None, None, None)[:3]).indices(size)
+        return None if taken == (0, size, 1) else (pure, (tuple(args[0].shape), *args[1:2], *taken))
+    leaves = tree_leaves((args, kwargs))
+    read = (v for v in leaves if isinstance(v, Tensor | int | float | bool))
+    return pure, tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in read)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stand:
+    """Tensors without data for every state and argument of a program."""
+
+    program: Program
+    inside: Callable[[], AbstractContextManager[Any]]
+    tensors: dict[str, Tensor]
+    args: tuple[Any, ...]
+
+    def mismatch(self, selection: Selection) -> str:
+        """Why forward and program differ on a cut, or ""."""
+        said, error = self.forward(selection)
+        if error:
+            return error
+        expected, error = self.expected(selection)
+        if error:
+            return f"the cut network cannot be run: {error}"
+        if expected == said:
+            return ""
+        if len(expected) != len(self.dense[0]) or len(said) != len(self.dense[1]):
+            return "your forward takes another path when it is cut"
+        for ours, theirs in ((expected[i], said[j]) for i, j in self.alike):
+            if ours != theirs:
+                return (
+                    f"your forward does not follow the cut at {theirs[0]}: it would read {theirs[1]}, "
+                    f"not {ours[1]}"
+                )
+        return ""
+
+    @cached_property
+    def dense(self) -> tuple[Calls, Calls]:
+        """What program and forward call when nothing is cut."""
+        return self.expected(DENSE)[0], self.forward(DENSE)[0]
+
+    @cached_property
+    def alike(self) -> list[tuple[int, int]]:
+        """Places of the calls that both make when nothing is cut.
+
+        They are not always all: a forward that counts its calls in a buffer does more than the program.
+        """
+        blocks = SequenceMatcher(None, *self.dense, autojunk=False).get_matching_blocks()
+        return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
+
+    def expected(self, selection: Selection) -> tuple[Calls, str]:
+        """What the program calls on a cut, and why it fails, or ""."""
+        bound = bind(self.program, selection, self.tensors.__getitem__)
+        return self.record(lambda: bound.run(tuple(tree_leaves(self.args))))
+
+    def forward(self, selection: Selection) -> tuple[Calls, str]:
+        """What the user's forward calls on a cut, and why it fails, or ""."""
+        try:
+            module = cut(self.program, selection, self.tensors.__getitem__)
+        except Exception as error:
+            return [], f"it cannot be cut: {_line(error)}"
+        said, problem = self.record(lambda: module(*self.args))
+        return said, f"your forward fails when it is cut: {problem}" if problem else ""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Calls, str]:
+        """What is called, and the error that ended it, or ""."""
+        with torch.no_grad(), self.inside(), _Recorder() as recorder:
+            try:
+                run()
+            except Exception as error:
+                return recorder.calls, _line(error)
+        return recorder.calls, ""
+
+
+def unprovable(program: Program) -> dict[int, str]:
+    """Classes of layers whose cut the user's forward does not follow, each with the reason, by label.
 
     All free layers are cut at once first; only when that fails are they searched, by halves.
     """
-    free = [k for k, layer in enumerate(program.structure.layers) if not layer.pinned and layer.channels > 1]
-    with _fake(program, args) as (tensor, fake_args):
-        baseline = _mismatch(program, DENSE, tensor, fake_args)
-        if baseline:
-            # The recorder and the program disagree although nothing is cut: then only outcomes can be compared.
-            return _search(program, free, lambda s: _fails(program, s, tensor, fake_args))
-        return _search(program, free, lambda s: _mismatch(program, s, tensor, fake_args))
+    layers = program.structure.layers
+    free = [k for k, layer in enumerate(layers) if not layer.pinned and layer.channels > 1]
+    if not free or _follows(program, _cuts(program, free)):
+        return {}
+    with _stand(program, fake=True) as stand:
+        bad = _search(free, lambda some: _first_reason(stand, _cuts(program, some)))
+    return {label: reason for k, reason in bad.items() for label in layers[k].labels.tolist()}
 
 
-def _search(program: Program, free: list[int], check: Any) -> dict[str, str]:
+def refusal(program: Program, selection: Selection) -> str:
+    """Why the user's forward does not follow this one cut, or ""."""
+    if not selection.kept or _follows(program, [selection]):
+        return ""
+    with _stand(program, fake=True) as stand:
+        return _first_reason(stand, [selection])
+
+
+def _follows(program: Program, selections: list[Selection]) -> bool:
+    """Whether forward follows all these cuts on meta tensors, which is quick; a no needs a second look.
+
+    On meta tensors also a forward fails that makes tensors on a device it names.
+    """
+    with _stand(program, fake=False) as stand:
+        return not any(stand.mismatch(selection) for selection in selections)
+
+
+def _first_reason(stand: _Stand, selections: list[Selection]) -> str:
+    return next((found for s in selections if (found := stand.mismatch(s))), "")
+
+
+def _search(free: list[int], check: Callable[[list[int]], str]) -> dict[int, str]:
     """Layers that fail, found by halving; what fails only in company is pinned too."""
     bad: dict[int, str] = {}
 
     def descend(some: list[int]) -> None:
-        reason = check(_halved(program, some)) if some else ""
-        if not reason:
-            return
-        if len(some) == 1:
+        reason = check(some) if some else ""
+        if reason and len(some) == 1:
             bad[some[0]] = reason
-            return
-        middle = len(some) // 2
-        descend(some[:middle])
-        descend(some[middle:])
+        elif reason:
+            middle = len(some) // 2
+            descend(some[:middle])
+            descend(some[middle:])
 
     descend(free)
     rest = [k for k in free if k not in bad]
-    while bad and rest and (reason := check(_halved(program, rest))):
+    while rest and (reason := check(rest)):
         bad[rest.pop()] = reason
-    layers = program.structure.layers
-    return {state: reason for k, reason in bad.items() for state, _ in layers[k].producers}
+    return bad
 
 
-def _halved(program: Program, some: list[int]) -> Selection:
-    """Every other channel of some layers: uneven parts would show as wrong shapes."""
-    layers = program.structure.layers
-    return Selection(kept={layers[k].name: tuple(range(0, layers[k].channels, 2)) for k in some})
+def _cuts(program: Program, some: list[int]) -> list[Selection]:
+    """Cuts of some layers that, between them, no forward follows by chance.
+
+    First every other channel of all of them; then every second layer down to a single channel, then the others:
+    a size that forward has in its code, or works out from another one, comes out wrong in one of the three.
+    """
+    layers = [program.structure.layers[k] for k in some]
+    cuts = [Selection({layer.name: tuple(range(0, layer.channels, 2)) for layer in layers})]
+    for turn in (0, 1):
+        # Not always the same one: the first channel of every part would hide how long the part is.
+        single = {
+            layer.name: ((k * 7 + turn) % layer.channels,) for k, layer in enumerate(layers) if k % 2 == turn
+        }
+        cuts.append(Selection(single))
+    return [cut_ for cut_ in cuts if cut_.kept]
 
 
 @contextmanager
-def _fake(program: Program, args: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Tensors without data for every state and argument."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+def _stand(program: Program, fake: bool) -> Iterator[_Stand]:
+    """Tensors without data: fake ones, which know their device, or meta ones, which are quicker."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
 
-        def fake(value: Any) -> Any:
-            return mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return mode.from_tensor(value.detach()) if mode is not None else value.detach().to("meta")
 
-        states = {n.target: fake(program.state(n.target)) for n in program.nodes if n.kind == "state"}
-        yield states.__getitem__, tuple(tree_map(fake, a) for a in args)
-
-
-def _mismatch(program: Program, selection: Selection, tensor: Any, args: tuple[Any, ...]) -> str:
-    """Why forward and program differ on a cut, or ""."""
-    module, error = _cut(program, selection, tensor)
-    if module is None:
-        return error
-    said, error = _record(lambda: module(*args))
-    if error:
-        return f"your forward fails when it is cut: {error}"
-    bound = bind(program, selection, tensor)
-    expected, error = _record(lambda: bound.run(tuple(tree_leaves(args)), ()))
-    if error:
-        return f"the cut network cannot be run: {error}"
-    for ours, theirs in zip(expected, said, strict=False):
-        if ours != theirs:
-            return f"your forward does not follow the cut at {theirs[0]}: it would read {theirs[1]}, not {ours[1]}"
-    return "" if len(expected) == len(said) else "your forward takes another path when it is cut"
+    states = {name: empty(program.state(name)) for name in program.state_nodes}
+    args = tuple(tree_map(empty, a) for a in program.example)
+    with eval_mode(program.model), quiet():
+        yield _Stand(program, lambda: torch.device("meta") if mode is None else mode, states, args)
 
 
-def _fails(program: Program, selection: Selection, tensor: Any, args: tuple[Any, ...]) -> str:
-    module, error = _cut(program, selection, tensor)
-    if module is None:
-        return error
-    _, error = _record(lambda: module(*args))
-    return f"your forward fails when it is cut: {error}" if error else ""
-
-
-def _cut(program: Program, selection: Selection, tensor: Any) -> tuple[nn.Module | None, str]:
-    try:
-        return cut(program, selection, tensor), ""
-    except Exception as error:
-        return None, f"it cannot be cut: {str(error).splitlines()[0]}"
-
-
-def _record(run: Any) -> tuple[Calls, str]:
-    with torch.no_grad(), _Recorder() as recorder:
-        try:
-            run()
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            return recorder.calls, lines[0] if lines else type(error).__name__
-    return recorder.calls, ""
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,9 +1,13 @@
-"""The interpreter: runs the program on images, whole or with a selection's weights sliced, without the user's module."""
+"""The interpreter: runs the program on images, whole or with a selection's weights sliced.
+
+The user's module is not called.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prunelab.errors import PruneLabError, unknown
+from prunelab.program.compute import whole_groups
 from prunelab.program.ids import FIXED, Ids
 from prunelab.program.nodes import Node, map_refs
-from prunelab.program.rules import whole_groups
 from prunelab.program.selection import DENSE, Selection
 
 if TYPE_CHECKING:
@@ -26,43 +31,56 @@ class Bound:
 
     Attributes:
         states: the tensor of every state node, by node index.
-        args: arguments of the nodes whose literals change with the cut (shapes in a view, groups of a convolution).
+        args: arguments of the nodes whose literals change with the cut (shapes in a view, groups of a
+            convolution).
     """
 
     program: Program
     states: Mapping[int, Tensor]
     args: Mapping[int, Mapping[str, Any]]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and images must go."""
+        return next((t.device for t in self.states.values()), torch.device("cpu"))
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Bound:
+        """The same with some tensors exchanged, by state name, in the shapes of the cut network."""
+        nodes = self.program.nodes
+        return Bound(
+            self.program, {i: tensors.get(nodes[i].target, t) for i, t in self.states.items()}, self.args
+        )
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The network's (first) output for a batch."""
-        outputs = self.run(inputs, ())[0]
-        first = next(o for o in outputs if isinstance(o, Tensor))
-        return first
+        return next(o for o in self.run(inputs) if isinstance(o, Tensor))
 
-    def run(self, inputs: tuple[Any, ...], keep: Collection[int]) -> tuple[tuple[Any, ...], dict[int, Tensor]]:
+    def run(
+        self, inputs: tuple[Any, ...], watch: Mapping[int, Callable[[Tensor], None]] = MappingProxyType({})
+    ) -> tuple[Any, ...]:
         """Run a batch.
 
         Args:
             inputs: the arguments of forward, flattened; the first has shape ``(images, …)``.
-            keep: nodes whose values are wanted.
+            watch: what to call with a node's value as soon as it is there, by node index.
 
         Returns:
-            the outputs (leaves, in order) and the wanted values by node index.
+            the outputs (leaves, in order).
         """
         program = self.program
         values: dict[int, Any] = {}
         feed = iter(inputs)
-        kept: dict[int, Tensor] = {}
         with torch.no_grad():
             for node in program.nodes:
-                values[node.index] = self._value(node, values, feed)
-                if node.index in keep:
-                    kept[node.index] = values[node.index]
+                values[node.index] = self.value(node, values, feed)
+                if node.index in watch:
+                    watch[node.index](values[node.index])
                 for dead in program.last_used[node.index]:
                     del values[dead]
-        return tuple(map_refs(o, values.__getitem__) for o in program.outputs), kept
+        return tuple(map_refs(o, values.__getitem__) for o in program.outputs)
 
-    def _value(self, node: Node, values: Mapping[int, Any], feed: Any) -> Any:
+    def value(self, node: Node, values: Mapping[int, Any], feed: Iterator[Any]) -> Any:
+        """One node's value, from the values before it; ``feed`` gives the network's inputs in turn."""
         if node.kind == "state":
             return self.states[node.index]
         if node.kind == "input":
@@ -76,13 +94,63 @@ class Bound:
 
 
 def removed_labels(program: Program, selection: Selection) -> NDArray[np.bool_]:
-    """For every channel class, whether the selection removes it: shape ``(ids,)``, indexed by label."""
+    """For every channel class, whether the selection removes it: shape ``(ids,)``, indexed by label.
+
+    Raises:
+        PruneLabError: the selection does not fit the network.
+    """
     gone = np.zeros(len(program.structure.label), bool)
-    for name, kept in selection.kept.items():
-        labels = program.layer(name).labels
+    for layer, kept in kept_layers(program, selection).items():
+        labels = program.structure.layers[layer].labels
         gone[labels] = True
         gone[labels[list(kept)]] = False
     return gone
+
+
+def kept_layers(program: Program, selection: Selection) -> dict[int, tuple[int, ...]]:
+    """What a selection keeps, by place of the layer.
+
+    Raises:
+        PruneLabError: a layer that does not exist, is pinned or is named twice, or channels that are not some
+            of the layer's own in ascending order.
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    for name, kept in selection.kept.items():
+        at = program.position(name)
+        layer = program.structure.layers[at]
+        if at in found:
+            raise PruneLabError(f"The selection names layer {layer.name!r} twice.")
+        if kept == tuple(range(layer.channels)):
+            continue
+        if layer.pinned:
+            raise PruneLabError(f"Layer {name!r} cannot be pruned: {layer.pinned}.")
+        if not kept or list(kept) != sorted({c for c in kept if 0 <= c < layer.channels}):
+            raise PruneLabError(
+                f"The selection must keep some of the channels 0 to {layer.channels - 1} of layer {name!r}, "
+                "in ascending order."
+            )
+        found[at] = kept
+    return found
+
+
+def removes_anything(program: Program, selection: Selection) -> bool:
+    """Whether the network with this selection is another one than without."""
+    return bool(kept_layers(program, selection)) or not all(m.all() for m in selection.masks.values())
+
+
+def checked_masks(program: Program, selection: Selection) -> Mapping[str, Tensor]:
+    """A selection's masks.
+
+    Raises:
+        PruneLabError: a mask of no parameter, or not of the parameter's shape.
+    """
+    for name, mask in selection.masks.items():
+        if name not in program.state_nodes:
+            raise unknown("parameter", name, program.state_nodes)
+        shape = tuple(program.state(name).shape)
+        if tuple(mask.shape) != shape:
+            raise PruneLabError(f"The mask of {name} has shape {tuple(mask.shape)}, not {shape}.")
+    return selection.masks
 
 
 def kept_index(ids: Ids | None, label: Ids, gone: NDArray[np.bool_]) -> NDArray[np.int64] | None:
@@ -94,33 +162,37 @@ def kept_index(ids: Ids | None, label: Ids, gone: NDArray[np.bool_]) -> NDArray[
 
 
 def slice_states(
-    program: Program, selection: Selection, tensor: Callable[[str], Tensor]
+    program: Program,
+    selection: Selection,
+    tensor: Callable[[str], Tensor],
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Every parameter and buffer of the program with the selection's channels cut out and its masks applied.
+    """Parameters and buffers of the program with the selection's channels cut out and its masks applied.
 
     Args:
         tensor: gives the uncut tensor of a state name.
+        names: which ones; all unless given.
     """
     gone = removed_labels(program, selection)
-    label = program.structure.label
+    masks = checked_masks(program, selection)
     sliced: dict[str, Tensor] = {}
-    for node in program.nodes:
-        if node.kind != "state" or node.target in sliced:
-            continue
-        value = tensor(node.target)
-        if node.target in selection.masks:
-            value = value * selection.masks[node.target].to(value.device, value.dtype)
-        dims = program.structure.values[node.index]
+    for name in program.state_nodes if names is None else names:
+        value = tensor(name)
+        if name in masks:
+            value = value * masks[name].to(value.device, value.dtype)
+        dims = program.structure.values[program.state_nodes[name]]
         assert isinstance(dims, tuple)
         for dim, ids in enumerate(dims):
-            index = kept_index(ids, label, gone)
+            index = kept_index(ids, program.structure.label, gone)
             if index is not None:
                 value = value.index_select(dim, torch.from_numpy(index).to(value.device))
-        sliced[node.target] = value
+        sliced[name] = value
     return sliced
 
 
-def bind(program: Program, selection: Selection = DENSE, tensor: Callable[[str], Tensor] | None = None) -> Bound:
+def bind(
+    program: Program, selection: Selection = DENSE, tensor: Callable[[str], Tensor] | None = None
+) -> Bound:
     """Slice the weights for a selection and rewrite the literals that depend on it."""
     with torch.no_grad():
         states = slice_states(program, selection, tensor or program.state)
@@ -130,8 +202,6 @@ def bind(program: Program, selection: Selection = DENSE, tensor: Callable[[str],
 
 def rebound_args(program: Program, selection: Selection) -> dict[int, dict[str, Any]]:
     """New arguments for nodes with literals that depend on what is removed."""
-    if not selection.kept:
-        return {}
     gone = removed_labels(program, selection)
     structure = program.structure
 
@@ -139,7 +209,7 @@ def rebound_args(program: Program, selection: Selection) -> dict[int, dict[str, 
         return int((~(gone[structure.label[ids]] & (ids != FIXED))).sum())
 
     changed: dict[int, dict[str, Any]] = {}
-    for index in program.literal_nodes:
+    for index in program.literal_nodes if gone.any() else ():
         node = program.nodes[index]
         new = _REBIND[node.opname](program, node, count)
         if new:
@@ -152,7 +222,9 @@ def _dims(program: Program, index: int) -> tuple[Ids | None, ...]:
     return value if isinstance(value, tuple) else ()
 
 
-def _new_sizes(program: Program, node: Node, count: Callable[[Ids], int], name: str, skip: int) -> dict[str, Any]:
+def _new_sizes(
+    program: Program, node: Node, count: Callable[[Ids], int], name: str, skip: int
+) -> dict[str, Any]:
     """A shape literal: entries that stand for removable dimensions follow what is kept."""
     dims = _dims(program, node.index)[skip:]
     old = node.args[name]

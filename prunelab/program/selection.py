@@ -1,4 +1,7 @@
-"""A selection: exactly which channels stay and which single weights are zeroed. What preview, cost and commit all read."""
+"""A selection: exactly which channels stay and which single weights are zeroed.
+
+It is what preview, cost and commit all read.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,16 @@ class Selection:
 
     Attributes:
         kept: for every layer that loses channels, the channels that stay, ascending.
-        masks: for every weight with single weights removed, a boolean tensor of the weight's own (uncut) shape,
-            True where the weight stays.
+        masks: for every weight with single weights removed, a boolean tensor of the weight's own (uncut)
+            shape, True where the weight stays.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", MappingProxyType(dict(self.kept)))
+        kept = {name: tuple(int(c) for c in channels) for name, channels in self.kept.items()}
+        object.__setattr__(self, "kept", MappingProxyType(kept))
         object.__setattr__(self, "masks", MappingProxyType(dict(self.masks)))
 
     @cached_property

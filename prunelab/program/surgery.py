@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from prunelab.program.nodes import Ref
-from prunelab.program.run import rebound_args, slice_states
+from prunelab.program.run import kept_index, rebound_args, removed_labels, slice_states
 from prunelab.program.selection import Selection
+from prunelab.program.trace import state_tensors
 
 if TYPE_CHECKING:
     from prunelab.program.program import Program
@@ -27,7 +28,7 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
     model = program.model
     sliced = slice_states(program, selection, tensor or program.state)
     memo: dict[int, Any] = {}
-    for name, old in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+    for name, old in {**program.constants, **state_tensors(model)}.items():
         if name in sliced:
             memo[id(old)] = _like(old, sliced[name])
     module = copy.deepcopy(model, memo)
@@ -47,7 +48,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 def _set_attributes(program: Program, selection: Selection, module: nn.Module) -> None:
     """``out_channels``, ``num_features``, ``groups`` and their kin follow the tensors they describe."""
     groups: dict[str, int] = {}
-    for index, args in rebound_args(program, selection).items():
+    for args in rebound_args(program, selection).values():
         weight = args.get("weight")
         if "groups" in args and isinstance(weight, Ref):
             groups[program.nodes[weight.index].target.rpartition(".")[0]] = args["groups"]
@@ -56,18 +57,38 @@ def _set_attributes(program: Program, selection: Selection, module: nn.Module) -
             _set_conv(part, groups.get(name, part.groups))
         for kind, attributes in _ATTRIBUTES.items():
             if isinstance(part, kind):
-                for attribute, value in attributes(part).items():
-                    if getattr(part, attribute, None) != value:
-                        setattr(part, attribute, value)
+                _set(part, attributes(part))
+    _set_bare_norms(program, selection, module)
+
+
+def _set(part: nn.Module, attributes: Mapping[str, Any]) -> None:
+    for attribute, value in attributes.items():
+        if getattr(part, attribute, None) != value:
+            setattr(part, attribute, value)
 
 
 def _set_conv(conv: nn.modules.conv._ConvNd, groups: int) -> None:
     first, second = conv.weight.shape[:2]
-    conv.groups = groups
-    if conv.transposed:
-        conv.in_channels, conv.out_channels = first, second * groups
-    else:
-        conv.in_channels, conv.out_channels = second * groups, first
+    channels = (first, second * groups) if conv.transposed else (second * groups, first)
+    _set(conv, {"groups": groups, "in_channels": channels[0], "out_channels": channels[1]})
+
+
+def _set_bare_norms(program: Program, selection: Selection, module: nn.Module) -> None:
+    """Norms without weights or statistics hold no tensor: their size is that of what they are given."""
+    gone, structure = removed_labels(program, selection), program.structure
+    parts = dict(module.named_modules())
+    for node in program.nodes:
+        part, attribute = parts.get(node.module), _BARE.get(node.opname)
+        if part is None or attribute is None or not hasattr(part, attribute):
+            continue
+        if part.state_dict():
+            continue
+        dims, shape = structure.values[node.inputs[0]], program.nodes[node.inputs[0]].shape
+        assert isinstance(dims, tuple) and shape is not None
+        indices = [kept_index(ids, structure.label, gone) for ids in dims]
+        kept = [n if index is None else len(index) for index, n in zip(indices, shape, strict=True)]
+        old = getattr(part, attribute)
+        _set(part, {attribute: tuple(kept[-len(old) :]) if isinstance(old, tuple) else kept[1]})
 
 
 def _norm_features(norm: Any) -> dict[str, Any]:
@@ -78,6 +99,14 @@ def _norm_features(norm: Any) -> dict[str, Any]:
 def _normalized(norm: Any) -> dict[str, Any]:
     return {} if norm.weight is None else {"normalized_shape": tuple(norm.weight.shape)}
 
+
+_BARE = {
+    "batch_norm": "num_features",
+    "instance_norm": "num_features",
+    "group_norm": "num_channels",
+    "layer_norm": "normalized_shape",
+    "rms_norm": "normalized_shape",
+}
 
 _ATTRIBUTES: Mapping[Any, Callable[[Any], dict[str, Any]]] = {
     nn.Linear: lambda m: {"in_features": m.weight.shape[1], "out_features": m.weight.shape[0]},

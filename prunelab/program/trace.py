@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from prunelab.errors import PruneLabError
+from prunelab.program.guard import eval_mode, quiet
 from prunelab.program.nodes import Node, Ref
 
 # An in-place operator becomes its pure twin: values of a program never change, so that they can be cached.
@@ -29,22 +30,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module's training flag and the random state are as before."""
-    flags = [(m, m.training) for m in model.modules()]
-    random = torch.random.get_rng_state()
-    for module, _ in flags:
-        # Not model.eval(): users override train(), for example to keep norms frozen.
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        torch.random.set_rng_state(random)
-
-
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, tied ones under the first of their names only."""
     found: dict[str, Tensor] = dict(model.named_parameters())
@@ -60,17 +45,21 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def as_example(example: Any) -> tuple[Any, ...]:
-    """The example as a tuple of arguments; a batch of one is doubled, since the exporter fixes sizes 0 and 1."""
+    """The example as a tuple of arguments; a batch of one is doubled: the exporter fixes sizes 0 and 1."""
     args = tuple(example) if isinstance(example, tuple | list) else (example,)
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if first is None or first.dim() == 0:
-        raise PruneLabError("trace needs an example input: a tensor with the batch in its first dimension, or a tuple of them.")
+        raise PruneLabError(
+            "trace needs an example input: a tensor with the batch in its first dimension, or several."
+        )
     batch = first.shape[0]
     if batch == 0:
         raise PruneLabError("The example input has no images: its first dimension is 0.")
     if batch > 1:
         return args
-    return tuple(torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a for a in args)
+    return tuple(
+        torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a for a in args
+    )
 
 
 def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
@@ -83,9 +72,16 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
     shapes = tuple(
         {0: Dim.AUTO} if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else None for a in args
     )
-    with eval_mode(model):
+    # Without gradients, so that a forward's own torch.no_grad() changes nothing and leaves no trace.
+    with eval_mode(model), torch.no_grad(), quiet():
         try:
-            return torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
+            if all(
+                _is_multiple(size) for node in exported.graph.nodes for size in _sizes(node.meta.get("val"))
+            ):
+                return exported
+            # Images are folded together in a way that no size for one image describes.
+            return torch.export.export(model, args, strict=False)
         except Exception as error:
             _refuse_unfit(model, args)
             raise PruneLabError(
@@ -94,7 +90,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
 
 
 def _refuse_unfit(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Tell an example that does not fit from a forward that cannot be traced: only the first fails in plain Python too."""
+    """Tell an unfit example from a forward that cannot be traced: only the first fails without tracing."""
     try:
         with torch.no_grad():
             model(*args)
@@ -122,43 +118,58 @@ def _user_line(error: Exception) -> str:
     return found
 
 
+def constants(exported: ExportedProgram) -> dict[str, Tensor]:
+    """Tensors that forward uses and that are neither parameters nor buffers, by name."""
+    names = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+    return {name: exported.constants[name] for name in names}
+
+
 def to_nodes(exported: ExportedProgram, model: nn.Module) -> tuple[tuple[Node, ...], Any]:
     """Translate an exported graph.
 
     Returns:
-        The nodes, in order of execution, and the output: a structure of :class:`Ref` inside tuples, lists and dicts
-        as the exporter flattened it (a tuple of the leaves).
+        The nodes, in order of execution, and the output: the leaves that the exporter flattened it to, as
+        :class:`Ref`.
+
+    Raises:
+        PruneLabError: the graph holds something other than plain operators.
     """
     signature = exported.graph_signature
-    states = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    states = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     first_names = aliases(model)
     index: dict[fx.Node, int] = {}
     nodes: list[Node] = []
     output: Any = ()
+    memory = _Memory(exported.graph)
     for node in exported.graph.nodes:
         if node.op == "output":
             output = tuple(_convert(a, index) for a in node.args[0])
             break
+        if node.op not in ("placeholder", "call_function"):
+            continue
         target = states.get(node.name, "")
         nodes.append(_node(node, len(nodes), index, first_names.get(target, target)))
-        mutated = _mutated(node)
+        for same in memory.overwritten(node):
+            # Later readers of the overwritten value read the new one.
+            index[same] = len(nodes) - 1
         index[node] = len(nodes) - 1
-        if mutated is not None:
-            _refuse_aliases(mutated, node)
-            # Later readers of the mutated value read the new one.
-            index[mutated] = len(nodes) - 1
     return tuple(nodes), output
 
 
 def _node(node: fx.Node, at: int, index: Mapping[fx.Node, int], target: str) -> Node:
     shape, batched, shapes = _shapes(node.meta.get("val"))
     kind: Any = "op" if node.op == "call_function" else ("state" if target else "input")
+    op = _pure(node.target) if kind == "op" else None
     args = _arguments(node, index) if kind == "op" else {}
     return Node(
         index=at,
         kind=kind,
         name=node.name,
-        op=_pure(node.target) if kind == "op" else None,
+        op=op,
         args=args,
         inputs=tuple(dict.fromkeys(_refs(list(args.values())))),
         shape=shape,
@@ -200,57 +211,80 @@ def _refs(values: Sequence[Any]) -> Iterator[int]:
 
 def _pure(target: Any) -> Any:
     packet = getattr(target, "overloadpacket", None)
+    if packet is None and hasattr(target, "namespace"):
+        raise PruneLabError(f"The network uses {target}, whose inside cannot be followed.")
     match = _INPLACE.match(packet.__name__) if packet is not None else None
-    if match is None:
+    if packet is None or match is None:
         return target
     twin = getattr(torch.ops.aten, match.group(1), None)
     overload = getattr(twin, target._overloadname, None) if twin is not None else None
     if overload is None:
-        raise PruneLabError(f"The in-place operator {packet.__name__} has no pure twin, so it cannot be traced.")
+        raise PruneLabError(
+            f"The in-place operator {packet.__name__} has no pure twin, so it cannot be traced."
+        )
     return overload
 
 
-def _mutated(node: fx.Node) -> fx.Node | None:
-    """The node whose value an in-place operator overwrites, or None."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if node.op != "call_function" or packet is None or not _INPLACE.match(packet.__name__):
+class _Memory:
+    """Which values share memory, so that what an in-place operator overwrites is never read as it was."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._views: dict[fx.Node, list[fx.Node]] = {}
+        self._same: dict[fx.Node, list[fx.Node]] = {}
+
+    def overwritten(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that stand for exactly the value that this one overwrites; empty for a pure operator.
+
+        Raises:
+            PruneLabError: another view of that memory is read later: it would silently be stale.
+        """
+        source = _shares(node)
+        root = self._root[node] = self._root.get(source, source) if source is not None else node
+        before = [*self._views.setdefault(root, []), root]
+        self._views[root].append(node)
+        packet = getattr(node.target, "overloadpacket", None)
+        if source is None or packet is None or not _INPLACE.match(packet.__name__):
+            return []
+        same = self._same.setdefault(source, [source])
+        self._same[node] = same
+        for other in before:
+            if other not in same and any(self._order[u] > self._order[node] for u in other.users):
+                raise PruneLabError(
+                    f"The network overwrites part of a value in place ({_source(node) or node.name}) and "
+                    "reads it through another view later; write that line without the in-place operation."
+                )
+        same.append(node)
+        return same
+
+
+def _shares(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this node's value may share."""
+    first = node.args[0] if node.args and node.op == "call_function" else None
+    if not isinstance(first, fx.Node):
         return None
-    first = node.args[0] if node.args else None
-    return first if isinstance(first, fx.Node) else None
-
-
-def _refuse_aliases(mutated: fx.Node, by: fx.Node) -> None:
-    """A view that shares memory with an overwritten value, and is read later, would silently be stale."""
-    order = {n: i for i, n in enumerate(by.graph.nodes)}
-    related = [mutated.args[0]] if _is_view(mutated) and isinstance(mutated.args[0], fx.Node) else []
-    related += [user for user in mutated.users if _is_view(user)]
-    for other in related:
-        if other is by:
-            continue
-        if any(order[user] > order[by] for user in other.users):
-            raise PruneLabError(
-                f"The network overwrites part of a value in place ({_source(by) or by.name}) and reads it through "
-                "another view later; write that line without the in-place operation."
-            )
-
-
-_VIEWS = {
-    *("view", "reshape", "flatten", "slice", "select", "transpose", "permute", "chunk", "split", "expand"),
-    *("squeeze", "unsqueeze", "unflatten", "narrow", "t", "detach", "alias", "split_with_sizes", "unbind", "numpy_T"),
-}
-
-
-def _is_view(node: fx.Node) -> bool:
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet is not None and packet.__name__ in _VIEWS
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return first if node.target is operator.getitem else None
+    # In evaluation mode dropout gives back its input, whatever its schema says.
+    given_back = "dropout" in schema.name
+    return first if given_back or any(r.alias_info is not None for r in schema.returns) else None
 
 
 def _shapes(value: Any) -> tuple[tuple[int, ...] | None, tuple[bool, ...], tuple[tuple[int, ...], ...]]:
     if isinstance(value, Tensor):
-        return tuple(_size(s) for s in value.shape), tuple(not isinstance(s, int) for s in value.shape), ()
+        return tuple(_size(s) for s in value.shape), tuple(_is_free(s) for s in value.shape), ()
     if isinstance(value, list | tuple) and all(isinstance(v, Tensor) for v in value):
         return None, (), tuple(tuple(_size(s) for s in v.shape) for v in value)
     return None, (), ()
+
+
+def _sizes(value: Any) -> list[Any]:
+    """All sizes of a tensor, or of the tensors in a list."""
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    return [s for v in value for s in _sizes(v)] if isinstance(value, list | tuple) else []
 
 
 def _size(size: Any) -> int:
@@ -258,7 +292,23 @@ def _size(size: Any) -> int:
     if isinstance(size, int):
         return size
     expression = size.node.expr
-    return int(expression.subs({symbol: 1 for symbol in expression.free_symbols}))
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
+def _is_free(size: Any) -> bool:
+    """Whether a size grows with the batch; a symbol may also stand for a number that the user's code fixes."""
+    return not isinstance(size, int) and bool(size.node.expr.free_symbols)
+
+
+def _is_multiple(size: Any) -> bool:
+    """Whether a size is a number, or a number times a power of the batch."""
+    if not _is_free(size):
+        return True
+    expression = size.node.expr
+    return len(expression.free_symbols) == 1 and all(
+        factor.is_Integer or factor.is_Symbol or (factor.is_Pow and factor.exp.is_Integer and factor.exp > 0)
+        for factor in expression.as_ordered_factors()
+    )
 
 
 def _module(node: fx.Node) -> str:

@@ -11,11 +11,10 @@ from prunelab.errors import PruneLabError, unknown
 
 
 class Masks:
-    """Keeps masked weights at zero after every optimizer step, whatever momentum and weight decay would make of them."""
+    """Keeps masked weights at zero after every step, whatever momentum and weight decay make of them."""
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        """
-        Args:
+        """Args:
             masks: by parameter name, True where a weight stays; shapes are the parameters' own.
 
         Raises:
@@ -28,7 +27,7 @@ class Masks:
                 raise unknown("parameter", name, parameters)
             if parameters[name].shape != mask.shape:
                 raise PruneLabError(
-                    f"The mask of {name} has shape {tuple(mask.shape)}, the parameter {tuple(parameters[name].shape)}."
+                    f"The mask of {name} has shape {tuple(mask.shape)}, not {tuple(parameters[name].shape)}."
                 )
             self._pairs.append((parameters[name], mask.to(parameters[name].device)))
 

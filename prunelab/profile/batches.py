@@ -1,0 +1,86 @@
+"""Data in batches: what counts as data, and what of a batch the network is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
+
+from prunelab.datasets import ImageSet
+from prunelab.errors import PruneLabError
+from prunelab.program.program import Program
+
+
+def batches(data: Any, batch_size: int) -> tuple[Iterable[Any], int | None]:
+    """A loader's or data set's batches in order, and how many there are.
+
+    Raises:
+        PruneLabError: it is neither.
+    """
+    if isinstance(data, DataLoader):
+        return data, len(data) if hasattr(data.dataset, "__len__") else None
+    held = in_memory(data)
+    if held is not None:
+        return zip(*(torch.split(t, batch_size) for t in held), strict=True), -(-len(held[0]) // batch_size)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return DataLoader(data, batch_size), -(-len(data) // batch_size)
+    if not hasattr(data, "__iter__"):
+        raise PruneLabError(f"Data must be a Dataset, a DataLoader or batches, not a {type(data).__name__}.")
+    return data, len(data) if hasattr(data, "__len__") else None
+
+
+def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:
+    """Images and labels of a set that holds them as whole tensors, ready as they are, or None."""
+    if isinstance(data, ImageSet):
+        return data.images, data.labels
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        return data.tensors[0], data.tensors[1]
+    return None
+
+
+def inputs_of(program: Program, batch: Any) -> tuple[Any, ...]:
+    """The network's inputs in a batch: all of it, or all but the last part, the labels.
+
+    Raises:
+        PruneLabError: the batch has not as many parts as the network has inputs.
+    """
+    count = sum(node.kind == "input" for node in program.nodes)
+    parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    if not all(isinstance(part, Tensor) for part in parts[:count]) or len(parts) not in (count, count + 1):
+        raise PruneLabError(
+            f"A batch must hold the network's {count} input tensor{'s' * (count > 1)}, and labels if there "
+            f"are any, not a {type(batch).__name__} of {len(parts)} part{'s' * (len(parts) > 1)}."
+        )
+    return parts[:count]
+
+
+def check_images(program: Program, inputs: tuple[Any, ...]) -> None:
+    """The images must have the shape and type that the network was traced with.
+
+    Raises:
+        PruneLabError: another shape or type, or a batch of another size where the user's code fixes it.
+    """
+    expected = [node for node in program.nodes if node.kind == "input"]
+    examples = tree_leaves(program.example)
+    for have, node, example in zip(inputs, expected, examples, strict=False):
+        if not isinstance(have, Tensor) or node.shape is None:
+            continue
+        if tuple(have.shape[1:]) != node.shape[1:]:
+            raise PruneLabError(
+                f"The images have shape {tuple(have.shape[1:])}, but the network was traced with "
+                f"{node.shape[1:]}: trace it with an example of the same shape as the data."
+            )
+        if have.dtype != example.dtype:
+            raise PruneLabError(
+                f"The images are {have.dtype}, but the network was traced with {example.dtype}: convert one "
+                "of them."
+            )
+        if program.batch is not None and len(have) != program.batch:
+            raise PruneLabError(
+                f"Your forward takes batches of {program.batch} images only, not of {len(have)}: let it take "
+                "the size from its input."
+            )

@@ -1,0 +1,257 @@
+"""How ids pass through operators that move values: reshapes, permutations, joins, parts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from prunelab.program.context import Context, Value, unknown
+from prunelab.program.ids import FIXED, Ids, merge, split
+from prunelab.program.nodes import Node, Ref
+
+
+def reshape(c: Context) -> Value:
+    """View, flatten, unflatten: dimensions merge and split; ids follow their positions."""
+    x, source = c.given("self"), c.source()
+    out: list[Ids | None] = []
+    reason = f"{c.node.opname} folds it together with another removable dimension"
+    groups = regroup(source, c.node)
+    if groups is None:
+        return unknown(c)
+    for before, after in groups:
+        sizes = [c.result[k] for k in after]
+        if len(before) == 1 and len(after) == 1:
+            out.append(x[before[0]])
+        elif len(before) > 1 and any(source.batched[k] for k in before):
+            # Merging with the batch keeps ids only where the batch stays apart again; not followed.
+            for k in before:
+                c.ties.pin(x[k], f"{c.node.opname} folds it into the batch")
+            out += [None] * len(after)
+        else:
+            ids = merge([(c.shape("self")[k], x[k]) for k in before], c.ties, reason)
+            out += [ids] if len(after) == 1 else split(ids, sizes, c.axes.get(c.node.index), c.ties)
+    return tuple(out)
+
+
+def regroup(source: Node, result: Node) -> list[tuple[list[int], list[int]]] | None:
+    """Match dimensions before and after a reshape into the smallest groups of equal product.
+
+    None where that cannot be told, as when several images become one.
+    """
+    a, b = _sizes(source), _sizes(result)
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(a) or j < len(b):
+        before, after = ([i] if i < len(a) else []), ([j] if j < len(b) else [])
+        p, q = (a[i] if before else (1, 0)), (b[j] if after else (1, 0))
+        i, j = i + len(before), j + len(after)
+        while p != q:
+            if i >= len(a) and j >= len(b):
+                return None
+            if ((p[1], p[0]) < (q[1], q[0]) and i < len(a)) or j >= len(b):
+                p = (p[0] * a[i][0], p[1] + a[i][1])
+                before.append(i)
+                i += 1
+            else:
+                q = (q[0] * b[j][0], q[1] + b[j][1])
+                after.append(j)
+                j += 1
+        groups.append((before, after))
+    return groups
+
+
+def _sizes(node: Node) -> list[tuple[int, int]]:
+    """Size and power of the batch of every dimension: comparable although the batch has no size yet."""
+    assert node.shape is not None
+    return [(n, int(batched)) for n, batched in zip(node.shape, node.batched, strict=True)]
+
+
+def unsqueeze(c: Context) -> Value:
+    """A dimension of size one comes."""
+    x = c.given("self")
+    axis = int(c.node.args["dim"]) % c.rank
+    return (*x[:axis], None, *x[axis:])
+
+
+def squeeze(c: Context) -> Value:
+    """Dimensions of size one go."""
+    x, shape, source = c.given("self"), c.shape("self"), c.source()
+    given = c.node.args.get("dim")
+    axes = range(len(x)) if given is None else (given if isinstance(given, list) else [given])
+    named = {a % len(x) for a in axes} if x else set()
+    gone = {k for k in named if shape[k] == 1 and not source.batched[k]}
+    for k in named - gone:
+        c.ties.pin(x[k], "squeeze would drop its dimension if a single channel were left")
+    return tuple(ids for k, ids in enumerate(x) if k not in gone)
+
+
+def permute(c: Context) -> Value:
+    """Permute, transpose, t, swapaxes."""
+    x, args = c.given("self"), c.node.args
+    order = list(range(len(x)))
+    if "dims" in args:
+        order = [d % len(x) for d in args["dims"]]
+    elif len(args) == 3:
+        i, j = (int(args[k]) % len(x) for k in list(args)[1:])
+        order[i], order[j] = order[j], order[i]
+    else:
+        order.reverse()
+    return tuple(x[d] for d in order)
+
+
+def move_dimension(c: Context) -> Value:
+    """``movedim``: some dimensions go to named places, the others keep their order."""
+    x = c.given("self")
+    source, target = (
+        [d % len(x) for d in (given if isinstance(given, list) else [given])]
+        for given in (c.node.args["source"], c.node.args["destination"])
+    )
+    placed = dict(zip(target, source, strict=True))
+    rest = iter(k for k in range(len(x)) if k not in source)
+    return tuple(x[placed[k] if k in placed else next(rest)] for k in range(len(x)))
+
+
+def flip(c: Context) -> Value:
+    """Reversed along some dimensions, ids too."""
+    x = c.given("self")
+    turned = {d % len(x) for d in c.node.args["dims"]}
+    return tuple(ids[::-1] if ids is not None and k in turned else ids for k, ids in enumerate(x))
+
+
+def roll(c: Context) -> Value:
+    """Rolled by a number in the user's code, which a cut would have to change."""
+    x = c.given("self")
+    axes = {d % len(x) for d in c.node.args["dims"]} or set(range(len(x)))
+    for k in axes:
+        c.ties.pin(x[k], "your code rolls its channels by a fixed number")
+    return x
+
+
+def expand(c: Context) -> Value:
+    """Broadcast to a larger shape: one in the user's code, or that of another value, whose ids it gets."""
+    x, shape = c.given("self"), c.shape("self")
+    lead = c.rank - len(x)
+    out = list(c.dims("other") or [None] * c.rank)
+    for k, ids in enumerate(x, start=lead):
+        if c.result[k] != shape[k - lead]:
+            c.ties.pin(ids, f"{c.node.opname} spreads it over other channels")
+        elif out[k] is None:
+            out[k] = ids
+        else:
+            c.tie(out[k], ids)
+    return tuple(out)
+
+
+def cat(c: Context) -> Value:
+    """Concatenation: ids follow along the dimension, and meet elementwise in all others."""
+    parts = [
+        (dims, shape)
+        for r in c.node.args["tensors"]
+        if isinstance(r, Ref)
+        and isinstance(dims := c.values[r.index], tuple)
+        and (shape := c.nodes[r.index].shape) is not None
+        and len(shape) == c.rank  # an empty tensor of one dimension may stand among the parts
+    ]
+    axis = int(c.node.args.get("dim", 0)) % c.rank
+    out: list[Ids | None] = []
+    for k in range(c.rank):
+        if k == axis:
+            out.append(_joined([(dims[k], shape[k]) for dims, shape in parts]))
+            continue
+        for dims, _ in parts[1:]:
+            c.tie(parts[0][0][k], dims[k])
+        out.append(parts[0][0][k])
+    return tuple(out)
+
+
+def _joined(pieces: list[tuple[Ids | None, int]]) -> Ids | None:
+    joined = np.concatenate([np.full(n, FIXED, np.int64) if ids is None else ids for ids, n in pieces])
+    return joined if (joined != FIXED).any() else None
+
+
+def stack(c: Context) -> Value:
+    """A new dimension; all others meet elementwise."""
+    parts = [c.values[r.index] for r in c.node.args["tensors"] if isinstance(r, Ref)]
+    dims = [p for p in parts if isinstance(p, tuple)]
+    for k, ids in enumerate(dims[0]):
+        for other in dims[1:]:
+            c.tie(ids, other[k])
+    axis = int(c.node.args.get("dim", 0)) % c.rank
+    return (*dims[0][:axis], None, *dims[0][axis:])
+
+
+def chunk(c: Context) -> Value:
+    """Chunk and split. Equal parts stay equal, since that is what the user's code asks for."""
+    x, axis = c.given("self"), c.axis()
+    ids = x[axis]
+    if ids is None:
+        return [x for _ in c.node.shapes]
+    sizes = [shape[axis] for shape in c.node.shapes]
+    pieces = [ids[a:b] for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
+    if len(set(sizes)) == 1:
+        for piece in pieces[1:]:
+            c.tie(pieces[0], piece)
+    else:
+        c.ties.pin(ids, "your code splits it into parts of unequal, fixed sizes")
+    return [tuple(piece if k == axis else v for k, v in enumerate(x)) for piece in pieces]
+
+
+def unbind(c: Context) -> Value:
+    """Every position of one dimension by itself."""
+    x, axis = c.given("self"), c.axis()
+    c.ties.pin(x[axis], "your code picks it out by its number")
+    return [tuple(ids for k, ids in enumerate(x) if k != axis) for _ in c.node.shapes]
+
+
+def getitem(c: Context) -> Value:
+    """One part of a list of tensors."""
+    source = c.values[c.node.args["0"].index]
+    return source[int(c.node.args["1"])] if isinstance(source, list) else unknown(c)
+
+
+def take_slice(c: Context) -> Value:
+    """``x[a:b:step]`` along one dimension."""
+    x, axis = c.given("self"), c.axis()
+    ids = x[axis]
+    if ids is None:
+        return x
+    start, end, step = (c.node.args.get(k) for k in ("start", "end", "step"))
+    if not all(v is None or isinstance(v, int) for v in (start, end, step)):
+        return unknown(c)
+    if step not in (None, 1):
+        c.ties.pin(ids, "your code takes every n-th of its channels")
+    return tuple(ids[slice(start, end, step)] if k == axis else v for k, v in enumerate(x))
+
+
+def select(c: Context) -> Value:
+    """``x[:, 3]``: one position of one dimension."""
+    x, axis = c.given("self"), c.axis()
+    c.ties.pin(x[axis], "your code picks it out by its number")
+    return tuple(ids for k, ids in enumerate(x) if k != axis)
+
+
+def constant_pad(c: Context) -> Value:
+    """Padding adds positions that belong to nothing; along channels they are fixed in the user's code."""
+    out = list(c.given("self"))
+    pad = c.node.args["pad"]
+    if not all(isinstance(n, int) for n in pad):
+        return unknown(c)
+    if c.node.args.get("mode", "constant") != "constant":
+        count = len(pad) // 2
+        c.pin(tuple(out[-count:]), f"{c.node.opname} mixes it with its neighbours")
+        return (*out[:-count], *([None] * count))
+    for k in range(len(pad) // 2):
+        before, after = pad[2 * k], pad[2 * k + 1]
+        ids = out[-1 - k]
+        if ids is None or not (before or after):
+            continue
+        if before < 0 or after < 0:
+            return unknown(c)
+        out[-1 - k] = np.pad(ids, (before, after), constant_values=FIXED)
+    return tuple(out)
+
+
+def creation(c: Context) -> Value:
+    """``zeros_like(x)`` has the channels of x, ``zeros(…)`` has none."""
+    return c.given("self") if c.node.opname.endswith("_like") else (None,) * c.rank

@@ -1,0 +1,165 @@
+"""The explorer as a person uses it: real Chromium, real JupyterLab, a real network on real images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from playwright.sync_api import Locator, expect
+
+if TYPE_CHECKING:
+    from conftest import NotebookPage, OpenNotebook
+
+OPEN = """
+import prunelab as pl
+train, test = pl.datasets.fashion_mnist()
+explorer = pl.explore(pl.zoo.load({name!r}), train.subset({size}, seed=0), test, name={title!r}, criterion="apoz")
+explorer
+"""
+
+
+def lenet(size: int = 2000) -> list[str]:
+    """Cells that open the explorer on LeNet."""
+    return [OPEN.format(name="lenet", size=size, title="LeNet")]
+
+
+def desk(page: NotebookPage) -> Locator:
+    """The desk, on the screen and measured."""
+    found = page.page.locator(".prunelab-desk").first
+    found.scroll_into_view_if_needed()
+    measured(found)
+    return found
+
+
+def measured(found: Locator) -> None:
+    """Wait until the accuracy shown is the accuracy of what is shown."""
+    total = found.locator('[data-total="accuracy"]')
+    expect(total).to_contain_text("n = 2,048")
+    expect(total).not_to_contain_text("updating")
+
+
+def total(found: Locator, name: str) -> str:
+    """The value after the arrow of one of the totals."""
+    return found.locator(f'[data-total="{name}"] .pl-now').inner_text()
+
+
+def amount(text: str) -> float:
+    """The number in a total such as ``99.4 k``; the unit is not read."""
+    return float(text.split("\u202f")[0])
+
+
+def slider(found: Locator, layer: str, field: str) -> Locator:
+    """A row's slider."""
+    return found.locator(f'input[data-layer="{layer}"][data-field="{field}"]')
+
+
+def drag(page: NotebookPage, handle: Locator, share: float) -> None:
+    """Take a slider at its left end and move it with the mouse."""
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    assert box is not None
+    mouse, y = page.page.mouse, box["y"] + box["height"] / 2
+    mouse.move(box["x"] + 7, y)
+    mouse.down()
+    for step in range(1, 11):
+        mouse.move(box["x"] + 7 + (box["width"] - 14) * share * step / 10, y)
+    mouse.up()
+
+
+def button(page: NotebookPage, text: str) -> Locator:
+    """A button below the desk."""
+    return page.page.locator(".prunelab button", has_text=re.compile(f"^{text}$"))
+
+
+def test_drag_commit_finetune(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet())
+    found = desk(page)
+    before = {name: total(found, name) for name in ("params", "flops", "accuracy")}
+
+    drag(page, slider(found, "fc1", "ratio"), 0.6)
+    # Drawn in the browser, before Python has answered.
+    assert total(found, "params") != before["params"]
+    drag(page, slider(found, "conv2", "ratio"), 0.5)
+    measured(found)
+    moved = {name: total(found, name) for name in before}
+    assert all(moved[name] != before[name] for name in before)
+    cell = found.locator('[data-row="conv2"] .c-kept .pl-number')
+    kept = cell.inner_text()
+    assert re.fullmatch(r"2\d/50", kept)
+
+    button(page, "commit").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Committed: 431,080 →")
+    measured(found)
+    # The new baseline: nothing is removed from it, and it weighs what the plan promised.
+    assert amount(total(found, "params")) == pytest.approx(amount(moved["params"]), rel=0.01)
+    expect(cell).to_have_text("/".join([kept[:2]] * 2))
+    assert total(found, "accuracy") == moved["accuracy"]
+
+    page.page.locator(".prunelab input[type=number]").first.fill("1")
+    page.page.keyboard.press("Tab")
+    button(page, "fine-tune").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("after 1 of 1 epochs")
+    measured(found)
+    assert amount(total(found, "accuracy")) > amount(moved["accuracy"])
+
+    found.locator('[data-do="undo"]').click()
+    found.locator('[data-do="undo"]').click()
+    expect(cell).to_have_text(kept)
+    measured(found)
+    assert {name: total(found, name) for name in before} == moved
+    page.assert_no_errors()
+
+
+def test_keyboard(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet())
+    found = desk(page)
+    handle = slider(found, "conv2", "ratio")
+    handle.focus()
+    for _ in range(5):
+        page.page.keyboard.press("ArrowRight")
+    expect(found.locator('[data-row="conv2"] .c-kept .pl-number')).to_have_text("45/50")
+    measured(found)
+    # Python's answer must not have taken the focus away: tab goes on to the next slider of the row.
+    expect(handle).to_be_focused()
+    page.page.keyboard.press("Tab")
+    expect(slider(found, "conv2", "std")).to_be_focused()
+    page.page.keyboard.press("ArrowRight")
+    expect(found.locator('[data-row="conv2"]')).to_have_attribute("data-rule", "std")
+    found.locator('[data-do="undo"]').click()
+    expect(found.locator('[data-row="conv2"] .c-kept .pl-number')).to_have_text("45/50")
+    page.assert_no_errors()
+
+
+def test_an_error_is_shown_and_changes_nothing(notebook_page: OpenNotebook) -> None:
+    page = notebook_page([*lenet(), "explorer._path.value = 'missing.json'"])
+    found = desk(page)
+    button(page, "load plan").click()
+    expect(found.locator(".pl-error")).to_contain_text("There is no file missing.json")
+    button(page, "commit").click()
+    expect(found.locator(".pl-error")).to_contain_text("There is nothing to commit")
+    assert total(found, "params") == "431\u202fk"
+    page.assert_no_errors()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 1600])
+def test_fits(notebook_page: OpenNotebook, width: int, dark: bool) -> None:
+    """Nothing is cut off or scrolls sideways. With PRUNELAB_PICTURES set, screenshots are left in that folder."""
+    page = notebook_page([OPEN.format(name="resnet20", size=500, title="ResNet-20")], width, 1000, dark)
+    found = desk(page)
+    page.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+    for layer, share in (("layer1.0.conv1", 0.4), ("layer2.1.conv1", 0.5)):
+        drag(page, slider(found, layer, "ratio"), share)
+    measured(found)
+    page.wait_idle()
+    overflow: Callable[[str], bool] = page.page.locator(".prunelab").first.evaluate
+    assert not overflow("node => node.scrollWidth > node.clientWidth + 1")
+    if folder := os.environ.get("PRUNELAB_PICTURES"):
+        page.page.wait_for_timeout(2000)
+        name = f"explorer-{width}-{'dark' if dark else 'light'}.png"
+        page.page.screenshot(path=Path(folder) / name)
+    page.assert_no_errors()
