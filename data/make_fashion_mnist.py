@@ -19,9 +19,7 @@ PER_CLASS = 1_000
 def main() -> None:
     """Read the command line and build the file."""
     parser = argparse.ArgumentParser(description="Build the embedded Fashion-MNIST from the full one.")
-    parser.add_argument(
-        "root", metavar="ROOT", help="folder where torchvision.datasets.FashionMNIST finds its files"
-    )
+    parser.add_argument("root", metavar="ROOT", help="folder where torchvision.datasets.FashionMNIST finds its files")
     root = parser.parse_args().root
     train, test = (FashionMNIST(root, train=each) for each in (True, False))
     labels = train.targets.numpy()

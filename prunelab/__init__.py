@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from prunelab.commit import commit as commit
 from prunelab.criteria import register as register
-from prunelab.criteria.registry import available as criteria_names
+from prunelab.criteria.registry import criteria_names as criteria_names
 from prunelab.errors import PruneLabError as PruneLabError
 from prunelab.plan import Plan as Plan, Setting as Setting
 from prunelab.preview import Estimate as Estimate, Preview as Preview
 from prunelab.profile.capture import Profile as Profile, profile as profile
-from prunelab.program.program import Program as Program, cost as cost, sliced_masks as sliced_masks, trace as trace
+from prunelab.program.program import (
+    Program as Program,
+    cost as cost,
+    sliced_masks as sliced_masks,
+    trace as trace,
+)
 from prunelab.program.selection import DENSE as DENSE, Selection as Selection
 from prunelab.progress import Stopped as Stopped
 from prunelab.train.finetune import finetune as finetune
@@ -40,8 +45,29 @@ _LATER = {
 }
 
 __all__ = [
-    *("DENSE", "Estimate", "Lab", "Plan", "Preview", "Profile", "Program", "PruneLabError", "Selection", "Setting"),
-    *("Stopped", "commit", "cost", "criteria_names", "datasets", "explore", "finetune", "profile", "register"),
+    *(
+        "DENSE",
+        "Estimate",
+        "Lab",
+        "Plan",
+        "Preview",
+        "Profile",
+        "Program",
+        "PruneLabError",
+        "Selection",
+        "Setting",
+    ),
+    *(
+        "Stopped",
+        "commit",
+        "cost",
+        "criteria_names",
+        "datasets",
+        "explore",
+        "finetune",
+        "profile",
+        "register",
+    ),
     *("sliced_masks", "trace", "zoo"),
 ]
 

@@ -79,15 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prunelab {version()}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name, help=command.summary, description=f"{command.summary}."
-        )
+        subparser = subparsers.add_parser(command.name, help=command.summary, description=f"{command.summary}.")
         command.arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
 
 
-# -- prunelab lab --------------------------------------------------------------------------------------------
+# -- prunelab lab ---------------------------------------------
 
 
 def _lab_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,8 +244,7 @@ def copy_notebooks(folder: Path) -> list[str]:
     said = [f"Copied {', '.join(copied)} into {folder}."] if copied else []
     if kept:
         said.append(
-            f"Kept your own {', '.join(kept)} in {folder}; "
-            "to get prunelab's version, rename yours and start again."
+            f"Kept your own {', '.join(kept)} in {folder}; to get prunelab's version, rename yours and start again."
         )
     return said
 
@@ -264,9 +261,7 @@ def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.settimeout(1)
         if probe.connect_ex((HOST, port)) == 0:
-            raise PruneLabError(
-                f"Port {port} is taken; give another --port, or none to have a free one chosen."
-            )
+            raise PruneLabError(f"Port {port} is taken; give another --port, or none to have a free one chosen.")
 
 
 def _port(text: str) -> int:
@@ -291,9 +286,7 @@ def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PruneLabError(
-            f"The folder {folder} cannot be made ({error.strerror}); give another --folder."
-        ) from error
+        raise PruneLabError(f"The folder {folder} cannot be made ({error.strerror}); give another --folder.") from error
     return folder.resolve()
 
 
@@ -315,9 +308,7 @@ def _announce(port: int, address: str, opens_browser: bool) -> None:
     print("Ctrl-C here stops it.", flush=True)
 
 
-COMMANDS: tuple[Command, ...] = (
-    Command("lab", "Open the explorer's notebooks in JupyterLab", _lab_arguments, _lab),
-)
+COMMANDS: tuple[Command, ...] = (Command("lab", "Open the explorer's notebooks in JupyterLab", _lab_arguments, _lab),)
 
 if __name__ == "__main__":
     raise SystemExit(main())

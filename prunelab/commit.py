@@ -13,9 +13,7 @@ from prunelab.program.surgery import cut
 from prunelab.repair import repair as repaired_by
 
 
-def commit(
-    program: Program, selection: Selection, *, repair: str = "none", images: Tensor | None = None
-) -> nn.Module:
+def commit(program: Program, selection: Selection, *, repair: str = "none", images: Tensor | None = None) -> nn.Module:
     """A new module of the user's own class with the selection's channels gone; the user's own is not touched.
 
     Every attribute that describes a size (``out_channels``, ``num_features``, ``groups``, …) is right, single

@@ -99,16 +99,12 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             PruneLabError: if ``n`` is not between 1 and the number of images.
         """
         if not isinstance(n, int) or not 1 <= n <= len(self):
-            raise PruneLabError(
-                f"A subset of {self.name!r} must have between 1 and {len(self):,} images, not {n!r}."
-            )
+            raise PruneLabError(f"A subset of {self.name!r} must have between 1 and {len(self):,} images, not {n!r}.")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         if stratified:
             chosen = _spread(chosen, self.labels[chosen])
         chosen = chosen[:n].sort().values
-        return ImageSet(
-            self.images[chosen], self.labels[chosen], self.classes, self.mean, self.std, self.name
-        )
+        return ImageSet(self.images[chosen], self.labels[chosen], self.classes, self.mean, self.std, self.name)
 
     def fingerprint(self) -> str:
         """64 hexadecimal digits (blake2b) that change with any pixel, label, shape or the images' order."""
@@ -167,9 +163,7 @@ def fashion_mnist_full(root: str | Path, download: bool = False) -> tuple[ImageS
     Raises:
         PruneLabError: if the files are not under ``root`` and ``download`` is false.
     """
-    return _torchvision(
-        "FashionMNIST", "Fashion-MNIST", root, download, FASHION_MEAN, FASHION_STD, FASHION_CLASSES
-    )
+    return _torchvision("FashionMNIST", "Fashion-MNIST", root, download, FASHION_MEAN, FASHION_STD, FASHION_CLASSES)
 
 
 def mnist(root: str | Path, download: bool = False) -> tuple[ImageSet, ImageSet]:
@@ -210,13 +204,9 @@ def _torchvision(
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise PruneLabError(
-            f"Reading {name} needs torchvision; install it with pip install torchvision."
-        ) from error
+        raise PruneLabError(f"Reading {name} needs torchvision; install it with pip install torchvision.") from error
     try:
-        halves = [
-            getattr(datasets, kind)(str(root), train=train, download=download) for train in (True, False)
-        ]
+        halves = [getattr(datasets, kind)(str(root), train=train, download=download) for train in (True, False)]
     # What a missing, truncated or foreign file raises inside torchvision.
     except (RuntimeError, OSError, ValueError, AssertionError, EOFError) as error:
         advice = (
@@ -269,8 +259,7 @@ def npz(
     names = tuple(classes) if classes is not None else tuple(map(str, range(count)))
     if len(names) < count:
         raise PruneLabError(
-            f"The labels in {path.name!r} reach {count - 1}, but {len(names)} class names were given; name "
-            "all of them."
+            f"The labels in {path.name!r} reach {count - 1}, but {len(names)} class names were given; name all of them."
         )
     mean, std = _statistics(x_train, mean, std)
     title = path.stem if name is None else name
@@ -297,8 +286,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
         raise PruneLabError(f"There is no file {str(path)!r}; give the path of a .npz file.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise PruneLabError(
-            f"{str(path)!r} cannot be read as a .npz file of plain arrays; save it with np.savez and "
-            "numeric arrays."
+            f"{str(path)!r} cannot be read as a .npz file of plain arrays; save it with np.savez and numeric arrays."
         ) from error
 
 
@@ -309,8 +297,7 @@ def _half(arrays: dict[str, NDArray[Any]], half: str, path: Path) -> Arrays:
     if images.dtype == np.uint8:
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] > 4):
             raise PruneLabError(
-                f"x_{half} {where} has shape {images.shape}; uint8 images must be (N, H, W) or (N, H, W, "
-                "C), C up to 4."
+                f"x_{half} {where} has shape {images.shape}; uint8 images must be (N, H, W) or (N, H, W, C), C up to 4."
             )
     elif not np.issubdtype(images.dtype, np.floating) or images.ndim != 4:
         raise PruneLabError(
@@ -319,8 +306,7 @@ def _half(arrays: dict[str, NDArray[Any]], half: str, path: Path) -> Arrays:
         )
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise PruneLabError(
-            f"y_{half} {where} is {labels.dtype} of shape {labels.shape}; labels must be integers of shape "
-            "(N,)."
+            f"y_{half} {where} is {labels.dtype} of shape {labels.shape}; labels must be integers of shape (N,)."
         )
     if len(images) != len(labels) or images.size == 0:
         raise PruneLabError(
@@ -339,9 +325,7 @@ def _half(arrays: dict[str, NDArray[Any]], half: str, path: Path) -> Arrays:
     return prepared, labels
 
 
-def _statistics(
-    images: NDArray[Any], mean: Statistics | None, std: Statistics | None
-) -> tuple[Statistics, Statistics]:
+def _statistics(images: NDArray[Any], mean: Statistics | None, std: Statistics | None) -> tuple[Statistics, Statistics]:
     if (mean is None) != (std is None):
         raise PruneLabError("Give both mean and std of the images, or neither to have them computed.")
     if mean is not None and std is not None:

@@ -18,7 +18,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> PruneLabError:
         name: the name that was asked for.
         known: the names that exist.
     """
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
-    listed = ", ".join(repr(n) for n in near)
+    names = list(dict.fromkeys(known))
+    begun = [n for n in names if name and n.startswith(name)]
+    near = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, names, n=3, cutoff=0.4)]))[:3]
+    listed = ", ".join(repr(n) for n in near or names[:5])
     return PruneLabError(f"There is no {what} {name!r}; the nearest names are {listed}.")

@@ -98,9 +98,7 @@ def _channels(value: Any, layer: str) -> tuple[int, ...] | None:
         return None
     listed = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(c, Integral) and not isinstance(c, bool) for c in listed):
-        raise PruneLabError(
-            f"The channels to remove from layer {layer!r} must be whole numbers, not {value!r}."
-        )
+        raise PruneLabError(f"The channels to remove from layer {layer!r} must be whole numbers, not {value!r}.")
     return tuple(sorted({int(c) for c in listed}))
 
 
@@ -164,9 +162,7 @@ class Plan:
     def clear(self, layer: str) -> Plan:
         """A plan that removes nothing from this layer (its grain and lock stay)."""
         old = self.settings.get(layer, Setting())
-        return replace(
-            self, settings={**self.settings, layer: replace(old, ratio=None, std=None, remove=None)}
-        )
+        return replace(self, settings={**self.settings, layer: replace(old, ratio=None, std=None, remove=None)})
 
     def to_json(self) -> str:
         """The plan as JSON text, keys sorted: equal plans have equal text."""
@@ -248,9 +244,7 @@ class Plan:
                 layer's last channel, a criterion without its profile, or a plan made for another network.
         """
         if self.network and self.network != program.digest:
-            raise PruneLabError(
-                "This plan was made for another network; its layers are not those of this one."
-            )
+            raise PruneLabError("This plan was made for another network; its layers are not those of this one.")
         score = score or (lambda layer: scores(program, profile, self.criterion, layer, self.seed))
         kept: dict[str, tuple[int, ...]] = {}
         masks: dict[str, Tensor] = {}
@@ -258,9 +252,7 @@ class Plan:
         for name, setting in self.settings.items():
             layer = program.layer(name)
             if layer.name in seen:
-                raise PruneLabError(
-                    f"The plan sets layer {layer.name!r} twice, as {seen[layer.name]!r} and {name!r}."
-                )
+                raise PruneLabError(f"The plan sets layer {layer.name!r} twice, as {seen[layer.name]!r} and {name!r}.")
             seen[layer.name] = name
             if setting.rule == "none":
                 continue
@@ -314,9 +306,7 @@ def removed(setting: Setting, score: Scores, layer: Layer) -> NDArray[np.int64]:
     wanted = np.array(setting.remove or (), np.int64)
     if wanted.size and (wanted.min() < 0 or wanted.max() >= layer.channels):
         wrong = next(c for c in wanted.tolist() if not 0 <= c < layer.channels)
-        raise PruneLabError(
-            f"Layer {layer.name!r} has channels 0 to {layer.channels - 1}; {wrong} is not one of them."
-        )
+        raise PruneLabError(f"Layer {layer.name!r} has channels 0 to {layer.channels - 1}; {wrong} is not one of them.")
     if wanted.size == layer.channels:
         raise PruneLabError(f"Layer {layer.name!r} would lose its last channel: at least one must stay.")
     return wanted
@@ -372,11 +362,7 @@ def _weight_masks(program: Program, layer: Layer, setting: Setting) -> dict[str,
     states = list(dict.fromkeys(state for state, _ in layer.producers))
     sizes = [program.state(s).shape for s in states]
     magnitude = torch.cat([program.state(s).abs().double().flatten().cpu() for s in states]).numpy()
-    gone = (
-        by_ratio(magnitude, setting.ratio)
-        if setting.ratio is not None
-        else by_std(magnitude, setting.std or 0.0)
-    )
+    gone = by_ratio(magnitude, setting.ratio) if setting.ratio is not None else by_std(magnitude, setting.std or 0.0)
     stays = torch.ones(magnitude.size, dtype=torch.bool)
     stays[torch.from_numpy(gone)] = False
     parts = torch.split(stays, [s.numel() for s in sizes])

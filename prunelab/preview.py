@@ -193,9 +193,7 @@ class Preview:
     def _correct(self, bound: Bound, start: int, stop: int) -> NDArray[np.bool_]:
         logits = bound(self.images[start:stop].to(bound.device))
         if logits.dim() != 2 or len(logits) != stop - start:
-            raise PruneLabError(
-                f"Accuracy needs outputs of shape (images, classes), not {tuple(logits.shape)}."
-            )
+            raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(logits.shape)}.")
         return (logits.argmax(1).cpu() == self.labels[start:stop].cpu()).numpy()
 
     def _correct_before(self, n: int) -> NDArray[np.bool_]:

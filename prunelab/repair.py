@@ -1,8 +1,8 @@
 """Repair: the surviving weights corrected in closed form from a sample of images, without training.
 
-Removing channels takes inputs away from the layers that read them. Least squares chooses those layers' remaining weights
-anew, so that their outputs come as near as they can to what they were. It goes from input to output, so that each layer
-sees what the earlier ones have become.
+Removing channels takes inputs away from the layers that read them. Least squares chooses what is left of their weights
+anew, so that their outputs come as near as they can to what they were. It goes from input to output, so that each
+layer sees what the earlier ones have become.
 """
 
 from __future__ import annotations

@@ -15,9 +15,7 @@ _APART = pytest.StashKey[Path]()
 # No deadlines: the first example of a test pays for importing and tracing, and machines differ.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 # The same examples on every run, so that a failure in one place is a failure everywhere.
-hypothesis.settings.register_profile(
-    "ci", parent=hypothesis.settings.get_profile("default"), derandomize=True
-)
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)
 hypothesis.settings.register_profile(
     "fuzz", deadline=None, max_examples=2_000, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

@@ -34,9 +34,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_first_start_copies_every_notebook_and_says_where(
-    bundled: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_start_copies_every_notebook_and_says_where(bundled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, notebook = cli.prepare_folder(None, None)
     assert folder == Path.cwd()
     assert notebook == folder / "quickstart.ipynb"
@@ -75,9 +73,7 @@ def test_a_folder_that_is_a_file_is_refused(bundled: Path) -> None:
         cli.prepare_folder(Path("file"), None)
 
 
-def test_the_users_own_notebook_opens_where_it_lies_and_nothing_is_copied(
-    bundled: Path, tmp_path: Path
-) -> None:
+def test_the_users_own_notebook_opens_where_it_lies_and_nothing_is_copied(bundled: Path, tmp_path: Path) -> None:
     own = tmp_path / "elsewhere" / "own.ipynb"
     own.parent.mkdir()
     own.write_text("{}")

@@ -1,4 +1,4 @@
-"""Promise 1: the preview is the commit. Logits, parameters and FLOPs, for every network of the zoo and torchvision's."""
+"""Promise 1: the preview is the commit. Logits, parameters and FLOPs, for the zoo and torchvision's networks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     network = NETWORKS[request.param]
     program = pl.trace(network.build(), network.images())
-    yield Case(network, program, half_of_everything(program), network.images())
+    return Case(network, program, half_of_everything(program), network.images())
 
 
 def test_previewed_logits_are_the_committed_modules(case: Case) -> None:
@@ -97,9 +97,7 @@ def test_projected_parameters_are_the_counted_ones(case: Case) -> None:
 
 def test_projected_flops_are_the_counted_ones(case: Case) -> None:
     projected, image = pl.cost(case.program, case.selection), case.images[:1]
-    assert (
-        projected.flops == 2 * projected.macs == flops(case.small, image) < flops(case.program.model, image)
-    )
+    assert projected.flops == 2 * projected.macs == flops(case.small, image) < flops(case.program.model, image)
 
 
 def test_projected_bytes_are_those_of_the_state(case: Case) -> None:
@@ -121,9 +119,7 @@ def test_attributes_and_repr_follow_the_shapes(case: Case) -> None:
             assert repr(part).startswith(f"BatchNorm2d({part.num_features}, ")
         elif isinstance(part, nn.Linear):
             assert part.weight.shape == (part.out_features, part.in_features)
-            assert repr(part).startswith(
-                f"Linear(in_features={part.in_features}, out_features={part.out_features}, "
-            )
+            assert repr(part).startswith(f"Linear(in_features={part.in_features}, out_features={part.out_features}, ")
 
 
 def test_everything_but_the_output_layer_is_free(case: Case) -> None:
@@ -149,7 +145,7 @@ def test_it_is_a_module_of_the_users_class_with_a_state_that_loads(case: Case) -
         assert torch.equal(again(case.images), case.logits)
 
 
-# By hand: what slicing means, in plain indexing -------------------------------------------------------------------------
+# By hand: what slicing means, in plain indexing ---------------------------------------------
 
 
 def test_lenet_by_hand() -> None:
@@ -224,7 +220,7 @@ def test_small_network_by_hand() -> None:
     assert small.depthwise.groups == 4
 
 
-# What commit gives ------------------------------------------------------------------------------------------------------
+# What commit gives ---------------------------------------------
 
 
 def test_new_module_shares_nothing_with_the_old_one() -> None:
@@ -305,9 +301,7 @@ def test_unknown_repair_names_the_known_ones() -> None:
         ({"conv9": (0,)}, "nearest names are 'conv"),
     ],
 )
-def test_selection_that_does_not_fit_is_refused_everywhere(
-    kept: dict[str, tuple[int, ...]], message: str
-) -> None:
+def test_selection_that_does_not_fit_is_refused_everywhere(kept: dict[str, tuple[int, ...]], message: str) -> None:
     network = NETWORKS["lenet"]
     program = pl.trace(network.build(), network.images())
     selection = pl.Selection(kept)

@@ -154,9 +154,7 @@ def test_npz_of_colour_images(tmp_path: Path, arrays: dict[str, Any]) -> None:
 
 def test_npz_of_grey_images(tmp_path: Path, arrays: dict[str, Any]) -> None:
     grey = {key: value[..., 0] if key[0] == "x" else value for key, value in arrays.items()}
-    train, _ = npz(
-        write(tmp_path, grey), classes=("cat", "dog", "bird"), mean=(0.5,), std=(0.5,), name="pets"
-    )
+    train, _ = npz(write(tmp_path, grey), classes=("cat", "dog", "bird"), mean=(0.5,), std=(0.5,), name="pets")
     expected = torch.from_numpy(grey["x_train"][:, None]).float() / 255 * 2 - 1
     torch.testing.assert_close(train.images, expected, atol=1e-6, rtol=0)
     assert train.classes[1] == "dog"
@@ -164,9 +162,7 @@ def test_npz_of_grey_images(tmp_path: Path, arrays: dict[str, Any]) -> None:
 
 
 def test_npz_of_float_images_is_not_scaled(tmp_path: Path, arrays: dict[str, Any]) -> None:
-    floats = {
-        key: value.transpose(0, 3, 1, 2) / 7.0 if key[0] == "x" else value for key, value in arrays.items()
-    }
+    floats = {key: value.transpose(0, 3, 1, 2) / 7.0 if key[0] == "x" else value for key, value in arrays.items()}
     train, _ = npz(write(tmp_path, floats), mean=(0.0,) * 3, std=(1.0,) * 3)
     np.testing.assert_allclose(train.images, floats["x_train"], rtol=1e-6)
 
@@ -196,9 +192,7 @@ def test_npz_with_a_constant_channel(tmp_path: Path, arrays: dict[str, Any]) -> 
         ({"y_train": np.array([None] * 12, dtype=object)}, "plain arrays"),
     ],
 )
-def test_npz_that_cannot_be_used(
-    tmp_path: Path, arrays: dict[str, Any], changes: dict[str, Any], message: str
-) -> None:
+def test_npz_that_cannot_be_used(tmp_path: Path, arrays: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     changed = {key: value for key, value in {**arrays, **changes}.items() if value is not None}
     with pytest.raises(PruneLabError, match=message):
         npz(write(tmp_path, changed))

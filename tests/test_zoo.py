@@ -102,9 +102,7 @@ def test_padded_channels_are_slots_of_a_buffer() -> None:
 def test_exports_with_a_free_batch_dimension(model: nn.Module, shape: tuple[int, ...]) -> None:
     example = torch.randn(4, *shape)
     model.eval()
-    program = torch.export.export(
-        model, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False
-    )
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
     other = torch.randn(3, *shape)
     torch.testing.assert_close(program.module()(other), model(other))
 

@@ -54,7 +54,7 @@ def register(name: str, needs: Needs) -> Callable[[Callable[..., Any]], Callable
     return add
 
 
-def available() -> tuple[str, ...]:
+def criteria_names() -> tuple[str, ...]:
     """Names of all criteria."""
     return tuple(_CRITERIA)
 
@@ -84,9 +84,7 @@ def scores(program: Program, profile: Profile | None, criterion: str, layer: Lay
         found = [chosen.function(_filters(program, layer, state, dim)) for state, dim in layer.producers]
     elif chosen.needs == "seed":
         # Named by the layer, so that one layer's draw does not depend on the others.
-        found = [
-            chosen.function(layer.channels, np.random.default_rng([seed, zlib.crc32(layer.name.encode())]))
-        ]
+        found = [chosen.function(layer.channels, np.random.default_rng([seed, zlib.crc32(layer.name.encode())]))]
     elif profile is None:
         raise PruneLabError(f"The criterion {criterion!r} needs a profile: run profile(program, data) first.")
     elif profile.program is not program and profile.program.digest != program.digest:

@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as w
 from torch import nn
 
-from prunelab.criteria.registry import available
+from prunelab.criteria.registry import criteria_names
 from prunelab.errors import PruneLabError
 from prunelab.explorer import plots
 from prunelab.explorer.desk import (
@@ -58,9 +58,8 @@ class Explorer(w.VBox):
     """The widget. Everything it does is one call on ``lab``; what it shows is read back from there."""
 
     def __init__(self, lab: Lab) -> None:
-        """
-        Args:
-            lab: what is explored; ``explorer.lab`` afterwards.
+        """Args:
+        lab: what is explored; ``explorer.lab`` afterwards.
         """
         self.lab = lab
         self._worker = Worker(self._failed)
@@ -83,18 +82,21 @@ class Explorer(w.VBox):
         self.desk.observe(self._on_view, ["selected", "dark"])
         self.desk.on_msg(self._on_message)
 
-    # Layout -----------------------------------------------------------------------------------------------------------
+    # Layout ---------------------------------------------
 
     def _build(self) -> None:
-        self._criterion = w.Dropdown(options=available(), value=self.lab.plan.criterion, description="criterion",
+        self._criterion = w.Dropdown(options=criteria_names(), value=self.lab.plan.criterion, description="criterion",
                                      layout=w.Layout(width="230px"))  # fmt: skip
         self._repair = w.Dropdown(options=REPAIRS, value=self.lab.plan.repair, description="repair",
                                   layout=w.Layout(width="220px"))  # fmt: skip
         self._grain = w.Dropdown(options=AVAILABLE_GRAINS, value="channel", description="all grains",
                                  layout=w.Layout(width="190px"))  # fmt: skip
-        self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios", continuous_update=False,
-                                    readout_format=".0%", layout=w.Layout(width="280px"))  # fmt: skip
-        self._measure = self._button("measure on all", self._on_measure, "Accuracy of this plan on the whole validation set")
+        self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios",
+                                    continuous_update=False, readout_format=".0%",
+                                    layout=w.Layout(width="280px"))  # fmt: skip
+        self._measure = self._button(
+            "measure on all", self._on_measure, "Accuracy of this plan on the whole validation set"
+        )
         self._commit = self._button("commit", self._on_commit, "Make the plan real: a new, smaller network", "primary")
         self._epochs = w.BoundedIntText(3, min=1, max=1000, description="epochs", layout=w.Layout(width="150px"))
         self._lr = w.FloatText(0.01, description="lr", step=0.001, layout=w.Layout(width="160px"))
@@ -126,11 +128,13 @@ class Explorer(w.VBox):
 
     def _arrange(self, controls: w.Widget) -> None:
         """Desk and controls on the left, pictures on the right; below each other where the page is narrow."""
-        # The desk fills its width from outside: its content has none of its own, so that container queries can measure it.
+        # The desk is measured by container queries, so its content gives it no width: it comes from outside.
         self.desk.layout = w.Layout(width="100%")
         left = w.VBox([self.desk, controls], layout=w.Layout(flex="3 1 640px", min_width="0", margin="0 8px 8px 0"))
         for picture in (self._scatter, self._details):
-            picture.layout = w.Layout(flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain")
+            picture.layout = w.Layout(
+                flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain"
+            )
         right = w.Box(
             [self._scatter, self._details],
             layout=w.Layout(display="flex", flex_flow="row wrap", flex="1 1 320px", min_width="0"),
@@ -146,7 +150,7 @@ class Explorer(w.VBox):
         button.on_click(lambda _: self._guard(action))
         return button
 
-    # Showing ----------------------------------------------------------------------------------------------------------
+    # Showing ---------------------------------------------
 
     def _show_network(self) -> None:
         """Everything that a new network or criterion changes."""
@@ -207,7 +211,7 @@ class Explorer(w.VBox):
         except Exception as error:
             self._failed(error)
 
-    # Hands ------------------------------------------------------------------------------------------------------------
+    # Hands ---------------------------------------------
 
     def _on_edit(self, change: dict[str, Any]) -> None:
         self._seen = change["new"]
@@ -278,7 +282,7 @@ class Explorer(w.VBox):
     def _on_ratio(self, change: dict[str, Any]) -> None:
         self._guard(lambda: self._change(lambda: self.lab.set_all(ratio=change["new"])))
 
-    # Long work --------------------------------------------------------------------------------------------------------
+    # Long work ---------------------------------------------
 
     def _job(self, text: str, work: Callable[[], str]) -> None:
         """Run long work on the worker with the controls off, and say how it ended."""
@@ -300,7 +304,15 @@ class Explorer(w.VBox):
 
     def _enable(self, on: bool) -> None:
         self._long = not on
-        for widget in (self._commit, self._finetune, self._measure, self._criterion, self._grain, self._ratio, self._repair):
+        for widget in (
+            self._commit,
+            self._finetune,
+            self._measure,
+            self._criterion,
+            self._grain,
+            self._ratio,
+            self._repair,
+        ):
             widget.disabled = not on
         self._stopper.disabled = on
 
@@ -346,7 +358,7 @@ class Explorer(w.VBox):
         self._stop.set()
         self._say("stopping; the best weights so far are kept", busy=True)
 
-    # Files ------------------------------------------------------------------------------------------------------------
+    # Files ---------------------------------------------
 
     def _on_save(self) -> None:
         target = Path(self._path.value)
@@ -371,7 +383,7 @@ class Explorer(w.VBox):
         self._python.layout.display = "" if hidden else "none"
         self._python.value = self.lab.plan.to_python()
 
-    # Without a kernel -------------------------------------------------------------------------------------------------
+    # Without a kernel ---------------------------------------------
 
     def summary(self) -> str:
         """The plan in plain HTML, for a saved notebook that no kernel runs behind."""

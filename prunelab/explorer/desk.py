@@ -20,17 +20,17 @@ _HERE = Path(__file__).parent
 
 
 class Desk(anywidget.AnyWidget):
-    """Rows, sliders and totals. Every trait is plain JSON; Python is authoritative for all but ``layers`` and ``edits``."""
+    """Rows, sliders and totals. Every trait is plain JSON; Python has the last word."""
 
     # anywidget takes one module: three files, read in this order, are it.
     _esm = "\n".join((_HERE / name).read_text() for name in ("desk_base.js", "desk_parts.js", "desk.js"))
     _css = _HERE / "desk.css"
 
-    header = traitlets.Dict().tag(sync=True)
+    header: Any = traitlets.Dict().tag(sync=True)
     """Title and note above the rows."""
-    rows = traitlets.List().tag(sync=True)
+    rows: Any = traitlets.List().tag(sync=True)
     """One dict per layer: name, kind, channels, members, pinned, scores, mean, std, shares, stage."""
-    layers = traitlets.Dict().tag(sync=True)
+    layers: Any = traitlets.Dict().tag(sync=True)
     """By layer name: rule, value, grain, locked, kept. Written by the browser (with ``edits``) and by Python (with
     ``revision``); whole, so that coalesced changes lose nothing."""
     edits = traitlets.Int(0).tag(sync=True)
@@ -39,15 +39,15 @@ class Desk(anywidget.AnyWidget):
     """Counts Python's changes."""
     grains = traitlets.List(list(AVAILABLE_GRAINS)).tag(sync=True)
     """Grains to choose from."""
-    terms = traitlets.Dict().tag(sync=True)
+    terms: Any = traitlets.Dict().tag(sync=True)
     """Closed-form cost, for arithmetic in the browser."""
-    figures = traitlets.Dict().tag(sync=True)
+    figures: Any = traitlets.Dict().tag(sync=True)
     """Cost as Python computed it."""
-    estimate = traitlets.Dict({"state": "none"}).tag(sync=True)
+    estimate: Any = traitlets.Dict({"state": "none"}).tag(sync=True)
     """Quick accuracy and its state: none, stale, running, ready."""
-    status = traitlets.Dict({"text": "", "error": "", "busy": False, "progress": None}).tag(sync=True)
+    status: Any = traitlets.Dict({"text": "", "error": "", "busy": False, "progress": None}).tag(sync=True)
     """What is going on, and what went wrong."""
-    can = traitlets.Dict({"undo": False, "redo": False}).tag(sync=True)
+    can: Any = traitlets.Dict({"undo": False, "redo": False}).tag(sync=True)
     """Which of undo and redo are possible."""
     selected = traitlets.Unicode("").tag(sync=True)
     """The row whose details are shown."""

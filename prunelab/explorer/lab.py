@@ -101,8 +101,7 @@ class Lab:
         criterion: str = "l1",
         name: str = "",
     ) -> None:
-        """
-        Args:
+        """Args:
             model: a trained network; it is not changed, now or later.
             train: Dataset or DataLoader of (image, label): profiled and fine-tuned on.
             val: Dataset or DataLoader of (image, label): accuracy is measured on it.
@@ -123,14 +122,17 @@ class Lab:
         self._probe = min(probe, len(self._labels))
         first = example if example is not None else self._images[:2]
         self._first = self._stage(trace(model, first), {}, ())
-        self._now: tuple[Stage, Plan] = (self._first, Plan(criterion=criterion, network=self._first.program.digest))
+        self._now: tuple[Stage, Plan] = (
+            self._first,
+            Plan(criterion=criterion, network=self._first.program.digest),
+        )
         self._past: list[tuple[Stage, Plan]] = []
         self._future: list[tuple[Stage, Plan]] = []
         self._points: list[Point] = []
         # By program, and weakly: a network that undo can no longer reach takes its scores along.
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
 
-    # What is there now ------------------------------------------------------------------------------------------------
+    # What is there now ---------------------------------------------
 
     @property
     def stage(self) -> Stage:
@@ -203,7 +205,7 @@ class Lab:
             held[key] = scores(self.program, self.profile, plan.criterion, layer, plan.seed)
         return held[key]
 
-    # Planning ---------------------------------------------------------------------------------------------------------
+    # Planning ---------------------------------------------
 
     def set(self, layer: str, **setting: Any) -> None:
         """Change one layer's setting: ``ratio=``, ``std=``, ``remove=``, ``grain=`` or ``locked=``.
@@ -302,7 +304,7 @@ class Lab:
             joined[name] = self.stage.masks[name].cpu() & selection.masks[name]
         return Selection(selection.kept, joined)
 
-    # Measuring --------------------------------------------------------------------------------------------------------
+    # Measuring ---------------------------------------------
 
     def run_profile(self, progress: Progress | bool = True) -> Profile:
         """Profile the current network on the training set; from the cache where it was done before."""
@@ -347,12 +349,20 @@ class Lab:
     def _add(self, kind: str, found: Estimate) -> None:
         now = self.cost()
         point = Point(
-            kind, now.params, now.nonzero, now.flops, found.accuracy, found.low, found.high, found.n, self.plan.to_json()
+            kind,
+            now.params,
+            now.nonzero,
+            now.flops,
+            found.accuracy,
+            found.low,
+            found.high,
+            found.n,
+            self.plan.to_json(),
         )
         if point not in self._points:
             self._points.append(point)
 
-    # Committing and training ------------------------------------------------------------------------------------------
+    # Committing and training ---------------------------------------------
 
     def commit(self) -> nn.Module:
         """Make the plan real: a new, smaller module becomes the current network; the plan starts afresh.
@@ -403,7 +413,7 @@ class Lab:
     def _stage(self, program: Program, masks: Mapping[str, Tensor], cuts: Cuts) -> Stage:
         return Stage(program, None, Preview(program, self._images, self._labels), dict(masks), cuts)
 
-    # Keeping ----------------------------------------------------------------------------------------------------------
+    # Keeping ---------------------------------------------
 
     def save(self, folder: Path | str) -> None:
         """Write the current network's tensors (safetensors), the plan and all points (JSON) to a folder.
@@ -427,7 +437,7 @@ class Lab:
             raise PruneLabError(f"The lab cannot be saved in {target}: {error}.") from error
 
     def export(self, path: Path | str) -> Path:
-        """Write the current network for use without its code: ``.pt2`` (``torch.export``) or ``.safetensors`` (weights).
+        """Write the current network to a file: ``.pt2`` (runs without its code) or ``.safetensors`` (weights).
 
         Raises:
             PruneLabError: another suffix, or a file that cannot be written.
@@ -448,7 +458,9 @@ class Lab:
         return target
 
     @classmethod
-    def load(cls, folder: Path | str, make_model: Callable[[], nn.Module], train: Any, val: Any, **settings: Any) -> Lab:
+    def load(
+        cls, folder: Path | str, make_model: Callable[[], nn.Module], train: Any, val: Any, **settings: Any
+    ) -> Lab:
         """A lab that :meth:`save` wrote.
 
         Args:

@@ -18,8 +18,22 @@ from prunelab.program.channels import Layer
 _LOCK = threading.Lock()
 
 # The desk's two colours: one accent for what is kept, grey for what is removed.
-_LIGHT = {"ink": "#212121", "faint": "#757575", "kept": "#1976d2", "gone": "#9e9e9e", "mark": "#c2410c", "back": "#ffffff"}
-_DARK = {"ink": "#e6e6e6", "faint": "#a3a3a3", "kept": "#64b5f6", "gone": "#757575", "mark": "#ffb74d", "back": "#111111"}
+_LIGHT = {
+    "ink": "#212121",
+    "faint": "#757575",
+    "kept": "#1976d2",
+    "gone": "#9e9e9e",
+    "mark": "#c2410c",
+    "back": "#ffffff",
+}
+_DARK = {
+    "ink": "#e6e6e6",
+    "faint": "#a3a3a3",
+    "kept": "#64b5f6",
+    "gone": "#757575",
+    "mark": "#ffb74d",
+    "back": "#111111",
+}
 
 
 def colours(dark: bool) -> dict[str, str]:
@@ -31,7 +45,8 @@ def png(figure: Figure) -> bytes:
     """A figure as a PNG with a transparent ground."""
     with _LOCK:
         out = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(out)
+        figure.set_canvas(FigureCanvasAgg(figure))
+        figure.savefig(out, format="png")
         return out.getvalue()
 
 
@@ -69,7 +84,12 @@ def scatter(lab: Lab, dark: bool = False) -> Figure:
     figure = _figure(4.2, 3.0)
     axes = figure.add_subplot()
     axes.set(xlabel="FLOPs per image (millions)", ylabel="accuracy (%)", title="every plan measured")
-    styles = {"dense": ("o", "ink"), "plan": ("o", "kept"), "commit": ("s", "mark"), "finetune": ("D", "mark")}
+    styles = {
+        "dense": ("o", "ink"),
+        "plan": ("o", "kept"),
+        "commit": ("s", "mark"),
+        "finetune": ("D", "mark"),
+    }
     words = {"dense": "unpruned", "plan": "plan", "commit": "committed", "finetune": "fine-tuned"}
     for kind, (marker, ink) in styles.items():
         some = [p for p in lab.points if p.kind == kind]
@@ -95,7 +115,15 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
     figure = _figure(4.2, 3.4)
     layer = lab.program.layer(name)
     if layer.pinned:
-        figure.text(0.5, 0.5, f"{layer.name}\npinned: {layer.pinned}", ha="center", va="center", color=c["ink"], wrap=True)
+        figure.text(
+            0.5,
+            0.5,
+            f"{layer.name}\npinned: {layer.pinned}",
+            ha="center",
+            va="center",
+            color=c["ink"],
+            wrap=True,
+        )
         return figure
     score = lab.scores(layer.name)
     setting = lab.plan.settings.get(layer.name, Setting())
@@ -104,7 +132,10 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
         gone = removed(setting, score, layer)
     maps = lab.profile.maps(layer, images=1) if lab.profile else None
     spatial = maps is not None and maps.dim() == 4
-    top, *below = figure.subfigures(2, 1, height_ratios=[5, 2]) if spatial else [figure]
+    parts: list[Any] = (
+        np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=[5, 2]))).tolist() if spatial else [figure]
+    )
+    top, *below = parts
     top.patch.set_alpha(0.0)
     _histogram(top.add_subplot(), lab, layer, score, gone, c)
     if below:
@@ -117,11 +148,21 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
 def _histogram(axes: Any, lab: Lab, layer: Layer, score: Any, gone: Any, c: dict[str, str]) -> None:
     bins = np.histogram_bin_edges(score, bins=min(40, max(8, score.size // 4)))
     kept = np.setdiff1d(np.arange(score.size), gone)
-    axes.hist([score[kept], score[gone]], bins=bins, stacked=True, color=[c["kept"], c["gone"]], label=["kept", "removed"])
+    axes.hist(
+        [score[kept], score[gone]],
+        bins=bins,
+        stacked=True,
+        color=[c["kept"], c["gone"]],
+        label=["kept", "removed"],
+    )
     mean, std = float(score.mean()), float(score.std())
     for k in (-1, 0, 1):
         axes.axvline(mean + k * std, color=c["faint"], lw=1, ls="-" if k == 0 else ":")
-    axes.set(title=f"{layer.name}: {lab.plan.criterion}", xlabel="score (lines: mean and ±1 std)", ylabel="channels")
+    axes.set(
+        title=f"{layer.name}: {lab.plan.criterion}",
+        xlabel="score (lines: mean and ±1 std)",
+        ylabel="channels",
+    )
     axes.legend(fontsize=7, frameon=False, labelcolor=c["ink"])
     _dress(axes, c)
 

@@ -13,9 +13,8 @@ class Worker:
     """
 
     def __init__(self, on_error: Callable[[Exception], None]) -> None:
-        """
-        Args:
-            on_error: called, on the worker's thread, with whatever a piece of work raises.
+        """Args:
+        on_error: called, on the worker's thread, with whatever a piece of work raises.
         """
         self._on_error = on_error
         self._wake = threading.Condition()

@@ -76,8 +76,7 @@ def check_images(program: Program, inputs: tuple[Any, ...]) -> None:
             )
         if have.dtype != example.dtype:
             raise PruneLabError(
-                f"The images are {have.dtype}, but the network was traced with {example.dtype}: convert one "
-                "of them."
+                f"The images are {have.dtype}, but the network was traced with {example.dtype}: convert one of them."
             )
         if program.batch is not None and len(have) != program.batch:
             raise PruneLabError(

@@ -120,9 +120,7 @@ def profile(
     return result if folder is None else _keep(result, folder)
 
 
-def _pass(
-    program: Program, data: Any, sample: int, batch_size: int, budget: int, progress: Progress | bool
-) -> Profile:
+def _pass(program: Program, data: Any, sample: int, batch_size: int, budget: int, progress: Progress | bool) -> Profile:
     found = _Sites(program, sample, budget)
     bound = bind(program)
     loader, total = batches(data, batch_size)
@@ -133,7 +131,7 @@ def _pass(
         found.images += len(inputs[0])
     if not found.images:
         raise PruneLabError("There are no images to profile: the loader is empty.")
-    activations = {site: torch.cat(parts) for site, parts in found.kept.items() if parts}
+    activations = {site: values[: found.images] for site, values in found.kept.items()}
     return Profile(program, found.images, found.statistics, activations, None)
 
 
@@ -148,7 +146,7 @@ class _Sites:
         self.program = program
         self.images = 0
         self.statistics: dict[int, Statistics] = {}
-        self.kept: dict[int, list[Tensor]] = {}
+        self.kept: dict[int, Tensor] = {}
         axes = _axes(program)
         self.watch = {site: partial(self._take, site, axis) for site, axis in axes.items()}
         self.room = min(sample, budget // max(_bytes_per_image(program, list(axes)), 1))
@@ -163,7 +161,13 @@ class _Sites:
             )
         self.statistics[site] = self.statistics[site].merge(new) if site in self.statistics else new
         if self.images < self.room:
-            self.kept.setdefault(site, []).append(value[: self.room - self.images].cpu().clone())
+            self._keep(site, value[: self.room - self.images])
+
+    def _keep(self, site: int, value: Tensor) -> None:
+        # One tensor from the start: joining many at the end would need twice the memory.
+        if site not in self.kept:
+            self.kept[site] = torch.empty((self.room, *value.shape[1:]), dtype=value.dtype)
+        self.kept[site][self.images : self.images + len(value)].copy_(value)
 
 
 def _axes(program: Program) -> dict[int, int]:
@@ -234,8 +238,6 @@ def _keep(result: Profile, folder: Path) -> Profile:
             {str(s): v for s, v in result.activations.items()},
         )
     except Exception as error:
-        warnings.warn(
-            f"The profile is not cached in {folder} ({error}); it goes on without a cache.", stacklevel=3
-        )
+        warnings.warn(f"The profile is not cached in {folder} ({error}); it goes on without a cache.", stacklevel=3)
         return result
     return _cached(result.program, folder) or result

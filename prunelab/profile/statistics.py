@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 # ±1e4, and the same for every data set: histograms of different parts can be added.
 BINS = 192
 _REACH = 14.6
+# Values looked at together, a few megabytes.
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,42 +107,50 @@ def measure(value: Tensor, axis: int, nonnegative: bool = False) -> Statistics:
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     size = flat.shape[2]
     sums = flat.sum(2).double()
-    absolute, nonzero = _magnitudes(flat, nonnegative)
+    absolute, nonzero = _magnitudes(flat, sums if nonnegative else None)
     pooled = sums / size
     return Statistics(
         images=images,
         positions=images * size,
         zeros=_array(images * size - nonzero),
         sum=_array(sums.sum(0)),
-        sum_abs=_array(absolute.sum(0)),
-        sum_squares=_array(torch.linalg.vector_norm(flat, 2, 2).double().square().sum(0)),
+        sum_abs=_array(absolute),
+        sum_squares=_array(torch.linalg.vector_norm(flat, 2, 2).double().square_().sum(0)),
         pooled_sum=_array(pooled.sum(0)),
         pooled_squares=_array(pooled.square().sum(0)),
         histogram=_array(_histogram(pooled)),
     )
 
 
-def _magnitudes(flat: Tensor, nonnegative: bool) -> tuple[Tensor, Tensor]:
-    """Sums of absolute values ``(images, channels)`` and how many values differ from zero ``(channels,)``.
+def _magnitudes(flat: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of absolute values, and how many values differ from zero, both of shape ``(channels,)``.
 
     A few images at a time: what a whole batch makes on the way would not fit into the processor's cache.
+
+    Args:
+        sums: shape ``(images, channels)``: where nothing is below zero they are the absolute sums.
     """
-    step = max(1, (1 << 18) // max(1, flat[0].numel()))
-    parts = [part if nonnegative else part.abs() for part in flat.split(step)]
-    nonzero = torch.stack([part.sign().sum(2).double().sum(0) for part in parts]).sum(0)
-    return torch.cat([part.sum(2) for part in parts]).double(), nonzero
+    absolute, nonzero = [], []
+    for part in flat.split(max(1, _AT_ONCE // max(1, flat[0].numel()))):
+        if sums is None:
+            magnitude = part.abs()
+            absolute.append(magnitude.sum(2))
+            nonzero.append(magnitude.sign_().sum(2))
+        else:
+            nonzero.append(part.sign().sum(2))
+    count = torch.cat(nonzero).sum(0, dtype=torch.float64)
+    return (sums if sums is not None else torch.cat(absolute)).sum(0, dtype=torch.float64), count
 
 
 def _histogram(pooled: Tensor) -> Tensor:
     """Images by bin of the pooled response ``(images, channels)``, shape ``(channels, BINS)``."""
     # asinh by hand: torch's own is several times slower.
-    scaled = pooled.abs() * 100.0
-    size = (scaled + (scaled.square() + 1.0).sqrt()).log()
-    place = (torch.copysign(size, pooled) / _REACH + 1.0) * (BINS / 2)
+    scaled = pooled * 100.0
+    place = scaled.square().add_(1.0).sqrt_().add_(scaled.abs()).log_().copysign_(scaled)
     # What is not finite has no bin; whoever asks for statistics looks for it in the sums.
-    bins = place.nan_to_num().floor().clamp_(0, BINS - 1).long()
-    first = torch.arange(pooled.shape[1], device=pooled.device) * BINS
-    return torch.bincount((bins + first).flatten(), minlength=pooled.shape[1] * BINS).reshape(-1, BINS)
+    bins = place.mul_(BINS / 2 / _REACH).add_(BINS / 2).nan_to_num_().clamp_(0, BINS - 1).long()
+    bins += torch.arange(pooled.shape[1], device=pooled.device) * BINS
+    return torch.bincount(bins.flatten(), minlength=pooled.shape[1] * BINS).reshape(-1, BINS)
 
 
 def _array(tensor: Tensor) -> Array:

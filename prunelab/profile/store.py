@@ -48,9 +48,7 @@ def digest_data(data: Any) -> str:
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     hasher = hashlib.blake2b(digest_size=16)
     tensors = getattr(dataset, "tensors", None)
-    if isinstance(dataset, IterableDataset) or not (
-        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    ):
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return uuid.uuid4().hex
     if callable(getattr(dataset, "fingerprint", None)):
         hasher.update(str(dataset.fingerprint()).encode())
@@ -79,9 +77,7 @@ def _digest_items(hasher: Any, dataset: Any) -> None:
 def _digest_loader(hasher: Any, loader: DataLoader[Any]) -> None:
     """Which items a loader reads, whatever their order: a profile does not depend on it."""
     batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    items = sorted(
-        int(i) for batch in batches for i in (batch if isinstance(batch, list | tuple) else [batch])
-    )
+    items = sorted(int(i) for batch in batches for i in (batch if isinstance(batch, list | tuple) else [batch]))
     hasher.update(np.array(items, np.int64).tobytes())
     hasher.update(getattr(loader.collate_fn, "__qualname__", "").encode())
 
@@ -108,9 +104,7 @@ def write(
     try:
         beside.mkdir()
         tensors = {
-            f"{site}/{k}": torch.from_numpy(np.array(v))
-            for site, s in stats.items()
-            for k, v in s.arrays().items()
+            f"{site}/{k}": torch.from_numpy(np.array(v)) for site, s in stats.items() for k, v in s.arrays().items()
         }
         save_file(tensors, beside / "statistics.safetensors")
         save_file({k: v.contiguous() for k, v in activations.items()}, beside / "activations.safetensors")
@@ -139,7 +133,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Statistics], dict[str,
         arrays: dict[str, dict[str, Array]] = {}
         for key, tensor in load_file(folder / "statistics.safetensors").items():
             site, _, name = key.partition("/")
-            arrays.setdefault(site, {})[name] = tensor.numpy()
+            arrays.setdefault(site, {})[name] = tensor.numpy().copy()
         stats = {site: Statistics.from_arrays(found) for site, found in arrays.items()}
         with safe_open(folder / "activations.safetensors", framework="pt") as file:
             activations = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict

@@ -156,9 +156,7 @@ def _layers(
     groups: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
     for root, position in first.items():
         groups[int(alike[root]), reasons.get(root, "")].append((position, root))
-    found = [
-        (np.array([root for _, root in sorted(g)], np.int64), reason) for (_, reason), g in groups.items()
-    ]
+    found = [(np.array([root for _, root in sorted(g)], np.int64), reason) for (_, reason), g in groups.items()]
     occupied = _occupied(places, label, {int(roots[0]) for roots, _ in found})
     filters = _depthwise(nodes)
     rows = []
@@ -182,9 +180,7 @@ def _layers(
             labels=roots,
             pinned=reason,
             stage=_stage(makers),
-            sites=_sites(
-                nodes, values, [i for state, _ in makers for i in calls[state]], users, label, roots
-            ),
+            sites=_sites(nodes, values, [i for state, _ in makers for i in calls[state]], users, label, roots),
         )
         for name, (makers, slot_list, roots, reason) in zip(names, rows, strict=True)
     ]
@@ -281,9 +277,7 @@ def _stage(makers: list[tuple[str, int]]) -> str:
 
 def _kind(nodes: tuple[Node, ...], makers: list[tuple[str, int]]) -> str:
     makes = {(nodes[r.index].target, n.opname) for n in nodes if isinstance(r := n.args.get("weight"), Ref)}
-    kinds = [
-        "conv" if op.startswith("conv") else op for state, _ in makers for name, op in makes if name == state
-    ]
+    kinds = ["conv" if op.startswith("conv") else op for state, _ in makers for name, op in makes if name == state]
     return kinds[0] if len(makers) == 1 and kinds else ("stream" if len(makers) > 1 else "weight")
 
 

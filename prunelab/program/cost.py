@@ -81,7 +81,7 @@ class Cost:
     nonzero: int
     macs: int
     bytes: int
-    rows: tuple[tuple[str, int, int], ...] = ()
+    rows: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
 
     @property
     def flops(self) -> int:

@@ -74,8 +74,7 @@ class Layers(tuple[Layer, ...]):
         ]  # fmt: skip
         widths = [max(len(line[k]) for line in [heads, *body]) for k in range(len(heads))]
         return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-            for line in [heads, *body]
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *body]
         )
 
     def _repr_html_(self) -> str:

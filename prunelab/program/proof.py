@@ -29,34 +29,38 @@ if TYPE_CHECKING:
 
 Calls = list[tuple[str, tuple[Any, ...]]]
 
-# Operators that only rename or reinterpret memory, or check; the program may call more or fewer than forward.
+# Operators that change nothing, or only check; the program may call more or fewer of them than forward.
 _SILENT = {
-    *("detach", "alias", "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "clone", "expand"),
-    *("_assert_tensor_metadata", "_assert_scalar", "_assert_async"),
+    *("detach", "alias", "clone", "lift_fresh", "_assert_tensor_metadata", "_assert_scalar", "_assert_async"),
 }
+_RESHAPES = {"view", "_unsafe_view", "reshape", "expand"}
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operator that computes, with the shapes and numbers it reads."""
+    """Writes down every operator that computes or moves values, with the shapes and numbers it reads."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: Calls = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = _call(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        call = _call(func, args, kwargs or {}, result)
         if call is not None:
             self.calls.append(call)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
-def _call(func: Any, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]] | None:
-    """An operator's name and the shapes and numbers it reads; None for one that moves nothing."""
+def _call(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[str, tuple[Any, ...]] | None:
+    """An operator's name and the shapes and numbers it reads; None for one that changes nothing."""
     # An in-place operator is compared with its pure twin.
     name = func.overloadpacket.__name__
     pure = name.rstrip("_")
     if func.namespace == "prim" or name in _SILENT or pure in _SILENT:
         return None
+    if name in _RESHAPES:
+        before, after = tuple(args[0].shape), tuple(result.shape)
+        return None if before == after else ("view", (before, after))
     if pure == "slice":
         size = args[0].shape[args[1] if len(args) > 1 else 0]
         taken = slice(*(*args[2:], None, None, None)[:3]).indices(size)
@@ -89,10 +93,7 @@ class _Stand:
             return "your forward takes another path when it is cut"
         for ours, theirs in ((expected[i], said[j]) for i, j in self.alike):
             if ours != theirs:
-                return (
-                    f"your forward does not follow the cut at {theirs[0]}: it would read {theirs[1]}, "
-                    f"not {ours[1]}"
-                )
+                return f"your forward does not follow the cut at {theirs[0]}: it would read {theirs[1]}, not {ours[1]}"
         return ""
 
     @cached_property
@@ -198,9 +199,7 @@ def _cuts(program: Program, some: list[int]) -> list[Selection]:
     cuts = [Selection({layer.name: tuple(range(0, layer.channels, 2)) for layer in layers})]
     for turn in (0, 1):
         # Not always the same one: the first channel of every part would hide how long the part is.
-        single = {
-            layer.name: ((k * 7 + turn) % layer.channels,) for k, layer in enumerate(layers) if k % 2 == turn
-        }
+        single = {layer.name: ((k * 7 + turn) % layer.channels,) for k, layer in enumerate(layers) if k % 2 == turn}
         cuts.append(Selection(single))
     return [cut_ for cut_ in cuts if cut_.kept]
 

@@ -47,9 +47,7 @@ class Bound:
     def replaced(self, tensors: Mapping[str, Tensor]) -> Bound:
         """The same with some tensors exchanged, by state name, in the shapes of the cut network."""
         nodes = self.program.nodes
-        return Bound(
-            self.program, {i: tensors.get(nodes[i].target, t) for i, t in self.states.items()}, self.args
-        )
+        return Bound(self.program, {i: tensors.get(nodes[i].target, t) for i, t in self.states.items()}, self.args)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The network's (first) output for a batch."""
@@ -190,9 +188,7 @@ def slice_states(
     return sliced
 
 
-def bind(
-    program: Program, selection: Selection = DENSE, tensor: Callable[[str], Tensor] | None = None
-) -> Bound:
+def bind(program: Program, selection: Selection = DENSE, tensor: Callable[[str], Tensor] | None = None) -> Bound:
     """Slice the weights for a selection and rewrite the literals that depend on it."""
     with torch.no_grad():
         states = slice_states(program, selection, tensor or program.state)
@@ -222,9 +218,7 @@ def _dims(program: Program, index: int) -> tuple[Ids | None, ...]:
     return value if isinstance(value, tuple) else ()
 
 
-def _new_sizes(
-    program: Program, node: Node, count: Callable[[Ids], int], name: str, skip: int
-) -> dict[str, Any]:
+def _new_sizes(program: Program, node: Node, count: Callable[[Ids], int], name: str, skip: int) -> dict[str, Any]:
     """A shape literal: entries that stand for removable dimensions follow what is kept."""
     dims = _dims(program, node.index)[skip:]
     old = node.args[name]

@@ -49,17 +49,13 @@ def as_example(example: Any) -> tuple[Any, ...]:
     args = tuple(example) if isinstance(example, tuple | list) else (example,)
     first = next((a for a in args if isinstance(a, Tensor)), None)
     if first is None or first.dim() == 0:
-        raise PruneLabError(
-            "trace needs an example input: a tensor with the batch in its first dimension, or several."
-        )
+        raise PruneLabError("trace needs an example input: a tensor with the batch in its first dimension, or several.")
     batch = first.shape[0]
     if batch == 0:
         raise PruneLabError("The example input has no images: its first dimension is 0.")
     if batch > 1:
         return args
-    return tuple(
-        torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a for a in args
-    )
+    return tuple(torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a for a in args)
 
 
 def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
@@ -69,16 +65,12 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
         PruneLabError: the model cannot run on the example, or cannot be traced.
     """
     batch = next(a.shape[0] for a in args if isinstance(a, Tensor))
-    shapes = tuple(
-        {0: Dim.AUTO} if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else None for a in args
-    )
+    shapes = tuple({0: Dim.AUTO} if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else None for a in args)
     # Without gradients, so that a forward's own torch.no_grad() changes nothing and leaves no trace.
     with eval_mode(model), torch.no_grad(), quiet():
         try:
             exported = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
-            if all(
-                _is_multiple(size) for node in exported.graph.nodes for size in _sizes(node.meta.get("val"))
-            ):
+            if all(_is_multiple(size) for node in exported.graph.nodes for size in _sizes(node.meta.get("val"))):
                 return exported
             # Images are folded together in a way that no size for one image describes.
             return torch.export.export(model, args, strict=False)
@@ -219,9 +211,7 @@ def _pure(target: Any) -> Any:
     twin = getattr(torch.ops.aten, match.group(1), None)
     overload = getattr(twin, target._overloadname, None) if twin is not None else None
     if overload is None:
-        raise PruneLabError(
-            f"The in-place operator {packet.__name__} has no pure twin, so it cannot be traced."
-        )
+        raise PruneLabError(f"The in-place operator {packet.__name__} has no pure twin, so it cannot be traced.")
     return overload
 
 

@@ -157,7 +157,7 @@ def _accelerator(precision: str | None) -> Iterator[Any]:
 
 
 class Distillation:
-    """Kullback-Leibler divergence from a teacher's softened outputs, times T² (Hinton et al. 2015, arXiv 1503.02531)."""
+    """Divergence from a teacher's softened outputs, times T² (Hinton et al. 2015, arXiv 1503.02531)."""
 
     def __init__(self, teacher: nn.Module, temperature: float) -> None:
         if not temperature > 0:
@@ -270,9 +270,7 @@ class _Run:
 def _shuffled(train: Any, batch_size: int, seed: int) -> DataLoader[Any]:
     """A loader over the training set; one that the user gave stays as it is."""
     if not hasattr(getattr(train, "dataset", train), "__len__"):
-        raise PruneLabError(
-            "Fine-tuning needs a training set of known length: a Dataset or a loader over one."
-        )
+        raise PruneLabError("Fine-tuning needs a training set of known length: a Dataset or a loader over one.")
     if isinstance(train, DataLoader):
         loader = train
     else:
@@ -289,6 +287,5 @@ def _check_labels(labels: Any, outputs: Any, which: str) -> None:
     numbers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 1
     if numbers and isinstance(outputs, Tensor) and int(labels.max()) >= outputs.shape[-1]:
         raise PruneLabError(
-            f"The {which} labels go up to {int(labels.max())}, but the network has {outputs.shape[-1]} "
-            "outputs."
+            f"The {which} labels go up to {int(labels.max())}, but the network has {outputs.shape[-1]} outputs."
         )

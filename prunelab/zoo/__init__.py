@@ -149,7 +149,6 @@ def _check(name: str) -> None:
         return
     if name in __all__ and name.startswith(("vgg", "resnet")):
         raise PruneLabError(
-            f"The zoo has no checkpoint of {name!r}, only of {', '.join(TRAINED)}; zoo.{name}() builds it "
-            "untrained."
+            f"The zoo has no checkpoint of {name!r}, only of {', '.join(TRAINED)}; zoo.{name}() builds it untrained."
         )
     raise unknown("checkpoint", str(name), TRAINED)

@@ -67,9 +67,7 @@ def _shortcut(in_channels: int, channels: int, stride: int, kind: Shortcut) -> n
     if kind == "pad":
         before = (channels - in_channels) // 2
         return PadShortcut(before, channels - in_channels - before)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
 
 
 class ResNet(nn.Module):
@@ -83,9 +81,7 @@ class ResNet(nn.Module):
         PruneLabError: if ``depth`` is not 6n + 2 or ``shortcut`` is unknown.
     """
 
-    def __init__(
-        self, depth: int, shortcut: Shortcut = "pad", in_channels: int = 3, classes: int = 10
-    ) -> None:
+    def __init__(self, depth: int, shortcut: Shortcut = "pad", in_channels: int = 3, classes: int = 10) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise PruneLabError(f"A ResNet for small images has depth 6n + 2, such as 20 or 56, not {depth}.")

@@ -45,9 +45,7 @@ class VGG(nn.Module):
     papers' CONV5-3 is ``stage5.conv3``). Without batch norm the convolutions have biases.
     """
 
-    def __init__(
-        self, stages: Stages, batch_norm: bool = True, in_channels: int = 3, classes: int = 10
-    ) -> None:
+    def __init__(self, stages: Stages, batch_norm: bool = True, in_channels: int = 3, classes: int = 10) -> None:
         super().__init__()
         named: OrderedDict[str, nn.Module] = OrderedDict()
         channels = in_channels

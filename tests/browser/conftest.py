@@ -79,7 +79,7 @@ def pytest_runtest_makereport(
     return report
 
 
-# -- Chromium ------------------------------------------------------------------------------------------------
+# -- Chromium ---------------------------------------------
 
 
 def find_chromium() -> str | None:
@@ -94,9 +94,7 @@ def chromium_path() -> str:
     """The browser's executable; without one the tests are skipped, and fail where CI=true."""
     path = find_chromium()
     if path is None:
-        sentence = (
-            "Chromium was not found; install Chromium or Google Chrome, or name it in PRUNELAB_CHROMIUM."
-        )
+        sentence = "Chromium was not found; install Chromium or Google Chrome, or name it in PRUNELAB_CHROMIUM."
         if os.environ.get("CI") == "true":
             pytest.fail(sentence)
         pytest.skip(sentence)
@@ -119,7 +117,7 @@ def browser(chromium_path: str) -> Iterator[Browser]:
         browser.close()
 
 
-# -- JupyterLab ----------------------------------------------------------------------------------------------
+# -- JupyterLab ---------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def _wait_for(server: LabServer, process: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"JupyterLab did not start; the end of its log:\n{server.log.read_text()[-4000:]}")
 
 
-# -- a notebook on the screen --------------------------------------------------------------------------------
+# -- a notebook on the screen ---------------------------------------------
 
 _RESTORED = """async () => {
     while (!window.jupyterapp?.restored) await new Promise(done => setTimeout(done, 50));
@@ -307,9 +305,7 @@ class NotebookPage:
         state: dict[str, Any] = self.page.evaluate(_STATE)
         return state
 
-    def wait_until(
-        self, met: Callable[[dict[str, Any]], bool], what: str, seconds: float = PATIENCE_SECONDS
-    ) -> None:
+    def wait_until(self, met: Callable[[dict[str, Any]], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until ``met`` holds for the notebook's state; a cell's error ends the wait and the test."""
         give_up = time.monotonic() + seconds
         while not met(state := self.state()):
@@ -340,9 +336,7 @@ class NotebookPage:
     def set_theme(self, dark: bool) -> None:
         """Switch JupyterLab's theme and wait until the page shows it."""
         self.command("apputils:change-theme", theme=f"JupyterLab {'Dark' if dark else 'Light'}")
-        self.page.wait_for_function(
-            "light => document.body.dataset.jpThemeLight === light", arg=str(not dark).lower()
-        )
+        self.page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=str(not dark).lower())
 
     def assert_no_errors(self) -> None:
         """Fail if the page's scripts threw anything or wrote an error to the console."""
@@ -372,9 +366,7 @@ class OpenNotebook(Protocol):
 
 
 @pytest.fixture
-def notebook_page(
-    browser: Browser, lab_server: LabServer, request: pytest.FixtureRequest
-) -> Iterator[OpenNotebook]:
+def notebook_page(browser: Browser, lab_server: LabServer, request: pytest.FixtureRequest) -> Iterator[OpenNotebook]:
     """Open notebooks in JupyterLab; each gets a window of its own, and their kernels end with the test."""
     contexts: list[BrowserContext] = []
     opened: list[NotebookPage] = []

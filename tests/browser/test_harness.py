@@ -61,9 +61,7 @@ def test_a_notebook_file_is_run_on_a_copy_and_can_be_run_again(notebook_page, tm
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_theme_and_the_size_are_those_asked_for(notebook_page, dark: bool) -> None:
     notebook = notebook_page(["1 + 1"], width=1100, height=700, dark=dark)
-    background = notebook.page.evaluate(
-        "() => getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')"
-    )
+    background = notebook.page.evaluate("() => getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')")
     assert background.strip() in (("#111111", "#111") if dark else ("white", "#ffffff", "#fff"))
     assert notebook.page.evaluate("() => [innerWidth, innerHeight]") == [1100, 700]
 

@@ -236,7 +236,7 @@ def _block(draw: st.DrawFn, channels: int, size: int) -> tuple[list[Step], int, 
         return ([(name,)], channels, after) if 2 <= after <= 12 else ([("relu",)], channels, size)
     if kind in ("shuffled", "grouped", "group_norm", "chunked") and divisors:
         return _divided(draw, kind, channels, size, draw(st.sampled_from(divisors)))
-    if kind in FUNCTIONS and kind not in ("shuffled", "sliced", "chunked", "halved") or channels % 2 == 0:
+    if (kind in FUNCTIONS and kind not in ("shuffled", "sliced", "chunked", "halved")) or channels % 2 == 0:
         return [(kind if kind in PLAIN else "relu",)], channels, size
     return [("relu",)], channels, size
 
@@ -304,6 +304,4 @@ def _check_profile(program: Program, images: Tensor) -> None:
             plan = plan.set(layer.name, ratio=0.5)
     kept = plan.resolve(program, profile).kept
     free = {layer.name: layer.channels for layer in program.layers if not layer.pinned and layer.channels > 1}
-    assert {name: len(channels) for name, channels in kept.items()} == {
-        n: c - c // 2 for n, c in free.items()
-    }
+    assert {name: len(channels) for name, channels in kept.items()} == {n: c - c // 2 for n, c in free.items()}

@@ -1,0 +1,160 @@
+"""The lab: settings, undo, commits, training, keeping; and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import prunelab as pl
+
+TRAIN, TEST = pl.datasets.fashion_mnist()
+
+
+@pytest.fixture
+def lab() -> pl.Lab:
+    return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(500), TEST.subset(500), criterion="l1", name="LeNet")
+
+
+def test_plan_undo_redo_reset(lab: pl.Lab) -> None:
+    lab.set("conv2", ratio=0.5)
+    lab.set("fc1", std=0.5)
+    assert lab.selection.kept.keys() == {"conv2", "fc1"}
+    assert lab.cost().params < lab.dense_cost().params
+    lab.undo()
+    assert lab.selection.kept.keys() == {"conv2"}
+    lab.redo()
+    assert lab.selection.kept.keys() == {"conv2", "fc1"}
+    lab.set("conv2", locked=True)
+    lab.reset()
+    assert not lab.selection.kept
+    assert lab.plan.settings["conv2"].locked
+
+
+def test_one_movement_is_one_step_of_undo(lab: pl.Lab) -> None:
+    lab.set("conv2", ratio=0.1)
+    for ratio in (0.2, 0.3, 0.4):
+        lab.use(lab.plan.set("conv2", ratio=ratio), merge=True)
+    lab.undo()
+    assert not lab.plan.settings
+
+
+def test_set_all_leaves_pinned_and_locked_alone(lab: pl.Lab) -> None:
+    lab.set("conv1", locked=True)
+    lab.set_all(ratio=0.5)
+    assert lab.selection.kept.keys() == {"conv2", "fc1"}
+    with pytest.raises(pl.PruneLabError, match="locked"):
+        lab.set("conv1", ratio=0.5)
+
+
+def test_commit_is_the_new_baseline_and_undo_brings_the_users_network_back(lab: pl.Lab) -> None:
+    mine = lab.model
+    state = {k: v.clone() for k, v in mine.state_dict().items()}
+    lab.set_all(ratio=0.5)
+    promised, shown = lab.cost(), lab.measure()
+    small = lab.commit()
+    assert lab.model is small
+    assert small is not mine
+    assert lab.dense_cost().params == promised.params == sum(p.numel() for p in small.parameters())
+    assert lab.measure().accuracy == shown.accuracy
+    assert [p.kind for p in lab.points][-1] == "commit"
+    lab.undo()
+    assert lab.model is mine
+    assert lab.cost().params == promised.params
+    assert all(torch.equal(v, state[k]) for k, v in mine.state_dict().items())
+
+
+def test_finetune_trains_a_copy_and_masks_hold(lab: pl.Lab) -> None:
+    lab.set("fc1", ratio=0.5, grain="weight")
+    lab.set("conv2", ratio=0.5)
+    lab.commit()
+    cut, before = lab.model, lab.dense_cost()
+    weights = {k: v.clone() for k, v in cut.state_dict().items()}
+    assert before.nonzero < before.params
+    table = lab.finetune(epochs=1, progress=False)
+    assert list(table.columns) == ["loss", "accuracy", "lr", "seconds"]
+    assert lab.model is not cut
+    assert all(torch.equal(v, weights[k]) for k, v in cut.state_dict().items())
+    zeros = sum(int((p == 0).sum()) for p in lab.model.parameters())
+    assert zeros >= before.params - before.nonzero
+    lab.undo()
+    assert lab.model is cut
+
+
+def test_repair_shows_in_preview_and_commit_alike(lab: pl.Lab) -> None:
+    lab.set("fc1", ratio=0.6)
+    plain = lab.measure()
+    lab.repair("least-squares")
+    shown = lab.measure()
+    assert shown.accuracy > plain.accuracy
+    lab.commit()
+    assert lab.measure().accuracy == shown.accuracy
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet20"])
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    train, test = TRAIN.subset(200), TEST.subset(200)
+    lab = pl.Lab(pl.zoo.load(name), train, test, criterion="l1")
+    lab.set_all(ratio=0.4)
+    lab.commit()
+    first = next(layer.name for layer in lab.program.layers if not layer.pinned)
+    lab.set(first, remove=[0, 2])
+    shown = lab.measure()
+    lab.save(tmp_path / "lab")
+
+    def make() -> nn.Module:
+        return pl.zoo.lenet() if name == "lenet" else pl.zoo.resnet20(in_channels=1)
+
+    back = pl.Lab.load(tmp_path / "lab", make, train, test)
+    assert back.plan == lab.plan
+    assert back.cost() == lab.cost()
+    assert back.measure().accuracy == shown.accuracy
+    assert [p.kind for p in back.points[: len(lab.points)]] == [p.kind for p in lab.points]
+    with pytest.raises(pl.PruneLabError, match="no lab to load"):
+        pl.Lab.load(tmp_path / "nothing", make, train, test)
+
+
+def test_export(lab: pl.Lab, tmp_path: Path) -> None:
+    lab.set_all(ratio=0.5)
+    small = lab.commit()
+    path = lab.export(tmp_path / "small.pt2")
+    again = torch.export.load(path).module()
+    with torch.no_grad():
+        torch.testing.assert_close(again(TEST.images[:7]), small(TEST.images[:7]))
+    with pytest.raises(pl.PruneLabError, match="ends in"):
+        lab.export(tmp_path / "small.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda lab: lab.set("conv2", ratio=1.5), "0 to 1"),
+        (lambda lab: lab.set("conv3", ratio=0.5), "conv2"),
+        (lambda lab: lab.set("fc2", ratio=0.5), "network's outputs"),
+        (lambda lab: lab.set("conv1", remove=range(20)), "last channel"),
+        (lambda lab: lab.set("conv1", remove=[20]), "0 to 19"),
+        (lambda lab: lab.criterion("apox"), "apoz"),
+        (lambda lab: lab.repair("squares"), "least-squares"),
+        (lambda lab: lab.use(pl.Plan(network="0123").set("conv2", ratio=0.5)), "another network"),
+        (lambda lab: lab.commit(), "nothing to commit"),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_changes_nothing(lab: pl.Lab, change: object, says: str) -> None:
+    before = (lab.plan, lab.model, lab.can_undo, lab.points)
+    with pytest.raises(pl.PruneLabError, match=says) as caught:
+        change(lab)  # type: ignore[operator]  # a lambda from the table above
+    assert "\n" not in str(caught.value)
+    assert (lab.plan, lab.model, lab.can_undo, lab.points) == before
+
+
+def test_history(lab: pl.Lab) -> None:
+    assert lab.history.empty
+    lab.measure()
+    lab.set_all(ratio=0.5)
+    lab.measure()
+    frame = lab.history
+    assert list(frame["kind"]) == ["dense", "plan"]
+    assert frame["compression"].iloc[0] == 1.0
+    assert frame["speedup"].iloc[1] > 1.5
