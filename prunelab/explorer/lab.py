@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-REPAIR_IMAGES = 1000
+REPAIR_IMAGES = 2000
 """How many training images a repair looks at."""
 
 Cuts = tuple[Mapping[str, tuple[int, ...]], ...]

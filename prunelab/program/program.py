@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunelab.errors import PruneLabError, unknown
 from prunelab.program import cost as costs
-from prunelab.program.channels import Layer, Structure, find
+from prunelab.program.channels import Layer, Structure, find, module_of
 from prunelab.program.nodes import Node
 from prunelab.program.proof import unprovable
 from prunelab.program.run import checked_masks, kept_layers, last_used, literal_nodes, slice_states
@@ -119,9 +119,17 @@ class Program:
             _add(by_module, term.name, 0, term(dense))
         shares = {}
         for layer in self.structure.layers:
-            own = [by_module.get(m, (0, 0)) for m in layer.members]
-            shares[layer.name] = (sum(p for p, _ in own) / params, sum(m for _, m in own) / macs)
+            own = [(part, by_module.get(module_of(state), (0, 0))) for state, part in self._parts(layer)]
+            shares[layer.name] = (
+                sum(part * cost[0] for part, cost in own) / params,
+                sum(part * cost[1] for part, cost in own) / macs,
+            )
         return Layers.of(self.structure.layers, shares)
+
+    def _parts(self, layer: Layer) -> list[tuple[str, float]]:
+        """A layer's producers, each with the part of its outputs that are the layer's: several layers may share one."""
+        at = {(slot.state, slot.dim): slot.index.size for slot in layer.slots}
+        return [(state, at[state, dim] / self.state(state).shape[dim]) for state, dim in layer.producers]
 
     @cached_property
     def last_used(self) -> tuple[tuple[int, ...], ...]:
