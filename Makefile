@@ -21,7 +21,7 @@ FIND_CHROMIUM = { test -x "$$PRUNELAB_CHROMIUM" || command -v chromium || comman
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint types unit notebooks browser bench fuzz chromium format clean
+.PHONY: help lab test lint types unit notebooks browser pictures bench fuzz chromium format clean
 
 help:
 	@echo "make lab        install, then open the explorer in JupyterLab (options: make lab LAB='--no-browser --port 9000')"
@@ -33,6 +33,7 @@ help:
 	@echo "make browser    drive the explorer in a headless Chromium"
 	@echo "make bench      timings, printed and checked against their budgets"
 	@echo "make fuzz       the property tests again, with many more examples"
+	@echo "make pictures   take the screenshots of the explorer again, into notebooks/pictures"
 	@echo "make clean      remove .venv and everything built (your notebooks in playground/ stay)"
 
 lab: $(VENV)/.lab
@@ -65,6 +66,9 @@ notebooks: $(VENV)/.test
 browser: $(VENV)/.test chromium
 	@echo "Browser tests."
 	@$(APART) $(PY) -m pytest tests/browser
+
+pictures: $(VENV)/.test chromium
+	@$(APART) PRUNELAB_PICTURES="$$PWD/notebooks/pictures" $(PY) -m pytest tests/browser/test_explorer.py -k fits
 
 bench: $(VENV)/.test
 	@$(APART) $(PY) -m pytest -s tests/bench

@@ -19,8 +19,8 @@ Array = NDArray[np.float64]
 # ±1e4, and the same for every data set: histograms of different parts can be added.
 BINS = 192
 _REACH = 14.6
-# Values looked at together, a few megabytes.
-_AT_ONCE = 1 << 20
+# Values looked at together: what fits beside their signs into the cache of one core.
+_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Criteria by hand-computed examples, their sign, and the registry."""
+"""Criteria: higher = keep, always; what each computes, and what a registered one of the user's own may not do."""
 
 from __future__ import annotations
 
@@ -7,75 +7,141 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from support import Network
+from torch import Tensor, nn
 
 import prunelab as pl
+from prunelab import zoo
 from prunelab.criteria import registry
+from prunelab.criteria.registry import scores
+
+NETWORK = Network(zoo.lenet, (1, 28, 28))
 
 
-class Two(nn.Module):
-    """Two filters on one pixel, a ReLU, and a reader."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 3, 1)
-        self.head = nn.Conv2d(3, 2, 1)
-        with torch.no_grad():
-            self.conv.weight.copy_(torch.tensor([1.0, -2.0, 0.5]).reshape(3, 1, 1, 1))
-            self.conv.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.conv(x))).mean((2, 3))
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def program() -> pl.Program:
-    return pl.trace(Two(), torch.zeros(2, 1, 2, 2))
+    return pl.trace(NETWORK.build(), NETWORK.images())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def profile(program: pl.Program) -> pl.Profile:
-    # Three of four pixels are positive: the first filter is zero at one in four, the second at three in four.
-    images = torch.tensor([[1.0, 2.0, 3.0, -4.0], [5.0, 6.0, 7.0, -8.0]]).reshape(2, 1, 2, 2)
-    return pl.profile(program, images, cache=False, progress=False)
-
-
-def scores(program: pl.Program, profile: pl.Profile | None, name: str) -> list[float]:
-    return registry.scores(program, profile, name, program.layer("conv")).tolist()
-
-
-def test_by_hand(program: pl.Program, profile: pl.Profile) -> None:
-    assert scores(program, None, "l1") == [1.0, 2.0, 0.5]
-    assert scores(program, None, "l2") == [1.0, 2.0, 0.5]
-    # After the ReLU, and higher = keep: the channel with the most zeros has the lowest score.
-    third = [max(0.0, 0.5 * x + 1) for x in (1, 2, 3, -4, 5, 6, 7, -8)]
-    assert scores(program, profile, "apoz") == [-0.25, -0.75, -0.25]
-    assert scores(program, profile, "mean_activation") == pytest.approx([24 / 8, 24 / 8, sum(third) / 8])
-
-
-def test_random_is_seeded_by_layer(program: pl.Program) -> None:
-    assert scores(program, None, "random") == scores(program, None, "random")
-    other = registry.scores(program, None, "random", program.layer("conv"), seed=1).tolist()
-    assert other != scores(program, None, "random")
+    return pl.profile(program, NETWORK.images(40), cache=False, progress=False)
 
 
 @pytest.fixture
-def own() -> Iterator[str]:
-    @pl.register("largest_weight", needs="weights")
-    def largest(filters: np.ndarray) -> np.ndarray:
-        return np.abs(filters).max(axis=1)
-
-    yield "largest_weight"
-    registry._CRITERIA.pop("largest_weight")
-
-
-def test_a_criterion_of_the_users_own(program: pl.Program, own: str) -> None:
-    assert scores(program, None, own) == [1.0, 2.0, 0.5]
-    assert pl.Plan(own).set("conv", ratio=0.34).resolve(program).kept == {"conv": (0, 1)}
+def own() -> Iterator[None]:
+    """Takes the criteria that a test registers out again."""
+    before = dict(registry._CRITERIA)
+    yield
+    registry._CRITERIA.clear()
+    registry._CRITERIA.update(before)
 
 
-def test_refusals(program: pl.Program) -> None:
-    with pytest.raises(pl.PruneLabError, match="needs a profile"):
-        scores(program, None, "apoz")
-    with pytest.raises(pl.PruneLabError, match="mean_activation"):
-        scores(program, None, "mean_activations")
+def test_those_there_are() -> None:
+    assert set(pl.criteria_names()) >= {"l1", "l2", "random", "apoz", "mean_activation"}
+
+
+@pytest.mark.parametrize(("name", "order"), [("l1", 1), ("l2", 2)])
+def test_norms_of_filters(program: pl.Program, name: str, order: int) -> None:
+    for layer in ("conv1", "conv2", "fc1"):
+        weight = program.model.get_parameter(f"{layer}.weight").detach().flatten(1)
+        expected = torch.linalg.vector_norm(weight, order, 1)
+        assert np.allclose(scores(program, None, name, program.layer(layer)), expected, rtol=1e-12)
+
+
+class Half(nn.Module):
+    """A convolution whose channel 0 is always above zero, 1 always below, 2 now and then."""
+
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.after, self.head = nn.Conv2d(1, 3, 1), after, nn.Linear(3, 2)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1, 1))
+            self.conv.bias.copy_(torch.tensor([1.0, -1.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.after(self.conv(x)).mean((2, 3)))
+        return logits
+
+
+def test_apoz_counts_zeros_after_the_relu_and_its_sign_keeps_what_is_active() -> None:
+    images = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0]).view(5, 1, 1, 1).expand(5, 1, 2, 2).contiguous()
+    program = pl.trace(Half(nn.ReLU()), images)
+    profile = pl.profile(program, images, cache=False, progress=False)
+    found = scores(program, profile, "apoz", program.layer("conv"))
+    # Never zero, always zero, and zero on two of five images.
+    assert found.tolist() == pytest.approx([0.0, -1.0, -0.4])
+    kept = pl.Plan("apoz").set("conv", ratio=0.34).resolve(program, profile).kept["conv"]
+    assert kept == (0, 2)
+    assert scores(program, profile, "mean_activation", program.layer("conv")).tolist() == pytest.approx([1.0, 0.0, 1.2])
+
+
+def test_apoz_is_measured_after_the_norm_not_before_it() -> None:
+    norm = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([-5.0, 5.0, 5.0]))
+    images = torch.ones(4, 1, 2, 2)
+    program = pl.trace(Half(nn.Sequential(norm, nn.ReLU())), images)
+    profile = pl.profile(program, images, cache=False, progress=False)
+    assert scores(program, profile, "apoz", program.layer("conv")).tolist() == [-1.0, 0.0, 0.0]
+
+
+def test_a_stream_gets_the_mean_of_its_producers() -> None:
+    program = pl.trace(zoo.resnet20("projection").double(), torch.randn(2, 3, 32, 32).double())
+    stream = program.layer("layer3 stream")
+    each = [program.model.get_parameter(f"{m}.weight").detach().abs().flatten(1).sum(1) for m in stream.members]
+    assert len(each) == 4
+    assert np.allclose(scores(program, None, "l1", stream), torch.stack(each).mean(0), rtol=1e-12)
+
+
+def test_random_is_seeded_by_plan_and_layer(program: pl.Program) -> None:
+    first, second = (scores(program, None, "random", program.layer(n), 3) for n in ("conv1", "conv2"))
+    assert np.array_equal(first, scores(program, None, "random", program.layer("conv1"), 3))
+    assert not np.array_equal(first, scores(program, None, "random", program.layer("conv1"), 4))
+    assert not np.array_equal(first, second[:20])
+    assert (first >= 0).all()
+    assert (first < 1).all()
+
+
+@pytest.mark.usefixtures("own")
+def test_one_of_the_users_own(program: pl.Program, profile: pl.Profile) -> None:
+    @pl.register("max_weight", needs="weights")
+    def max_weight(filters: np.ndarray) -> np.ndarray:
+        return abs(filters).max(axis=1)
+
+    @pl.register("spread", needs="statistics")
+    def spread(statistics: object) -> np.ndarray:
+        return statistics.variance  # type: ignore[attr-defined, no-any-return]
+
+    assert {"max_weight", "spread"} <= set(pl.criteria_names())
+    weight = program.model.get_parameter("conv1.weight").detach().abs().flatten(1)
+    assert np.array_equal(scores(program, None, "max_weight", program.layer("conv1")), weight.amax(1))
+    selection = pl.Plan("spread").set("conv1", ratio=0.5).resolve(program, profile)
+    assert len(selection.kept["conv1"]) == 10
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("needs", ["weights", "statistics"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, "one number", "too few", "a matrix"])
+def test_scores_that_are_none_are_refused(
+    program: pl.Program, profile: pl.Profile, needs: registry.Needs, wrong: object
+) -> None:
+    answers = {"one number": np.float64(1), "too few": np.ones(3), "a matrix": np.ones((20, 2))}
+
+    @pl.register("broken", needs=needs)
+    def broken(_: object) -> np.ndarray:
+        return answers[wrong] if isinstance(wrong, str) else np.r_[np.ones(19), wrong]
+
+    with pytest.raises(pl.PruneLabError, match="'broken' gave scores for layer 'conv1' that are not 20 finite"):
+        scores(program, profile, "broken", program.layer("conv1"))
+
+
+def test_unknown_criterion_names_the_nearest(program: pl.Program) -> None:
+    with pytest.raises(pl.PruneLabError, match="no criterion 'mean'; the nearest names are 'mean_activation'"):
+        scores(program, None, "mean", program.layer("conv1"))
+
+
+def test_a_profile_of_another_network_is_refused(profile: pl.Profile) -> None:
+    other = pl.trace(zoo.LeNet((20, 40, 500)).double(), NETWORK.images())
+    with pytest.raises(pl.PruneLabError, match="profile is of another network"):
+        scores(other, profile, "apoz", other.layer("conv1"))
