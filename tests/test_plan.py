@@ -45,7 +45,7 @@ plans = st.builds(
 )
 
 
-# A plain value ----------------------------------------------------------------------------------------------------------
+# A plain value ---------------------------------------------
 
 
 def test_nothing_changes_in_place() -> None:
@@ -132,7 +132,7 @@ def test_hundreds_of_layers() -> None:
     assert pl.Plan.from_python(plan.to_python()) == plan
 
 
-# Text that is not a plan ------------------------------------------------------------------------------------------------
+# Text that is not a plan ---------------------------------------------
 
 MALICIOUS = (
     "__import__('pathlib').Path({path!r}).touch()",
@@ -229,7 +229,7 @@ def test_impossible_plans_are_refused(given_: dict[str, Any], message: str) -> N
         pl.Plan(**given_)
 
 
-# Rules ------------------------------------------------------------------------------------------------------------------
+# Rules ---------------------------------------------
 
 scores_ = arrays(np.float64, st.integers(1, 40), elements=st.floats(-100, 100).map(lambda x: round(x, 2)))
 SHARES = st.one_of(st.floats(0, 1), st.integers(0, 100).map(lambda k: k / 100))
@@ -304,7 +304,7 @@ def test_std_of_equal_scores_does_not_exist() -> None:
     assert ratio_of_std(np.ones(4), 0.0) == 0.0
 
 
-# Resolved ---------------------------------------------------------------------------------------------------------------
+# Resolved ---------------------------------------------
 
 
 def test_l1_removes_the_smallest_filters(program: pl.Program) -> None:
@@ -334,7 +334,7 @@ def test_single_weights_go_by_magnitude(program: pl.Program, setting: dict[str, 
     assert not selection.kept
     assert mask.shape == weight.shape
     assert int((~mask).sum()) == count
-    if 0 < count:
+    if count > 0:
         assert weight[~mask].max() <= weight[mask].min()
 
 
@@ -367,7 +367,7 @@ def test_plans_that_do_not_fit_are_refused(program: pl.Program, plan: pl.Plan, m
 def test_a_layer_under_two_names_is_refused() -> None:
     program = pl.trace(zoo.resnet20("projection"), torch.randn(2, 3, 32, 32))
     plan = pl.Plan().set("layer2 stream", ratio=0.5).set("layer2.1.conv2", ratio=0.5)
-    with pytest.raises(pl.PruneLabError, match="sets layer 'layer2 stream' twice, as 'layer2 stream' and 'layer2.1"):
+    with pytest.raises(pl.PruneLabError, match=r"sets layer 'layer2 stream' twice, as 'layer2 stream' and 'layer2.1"):
         plan.resolve(program)
 
 
