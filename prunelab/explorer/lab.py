@@ -320,21 +320,22 @@ class Lab:
 
     def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Quick accuracy of the plan on the probe images."""
-        found = self._accuracy(self._probe, on_update)
-        if found.n == self._probe:
-            self._add_measured(found)
-        return found
+        return self._measured(self._probe, on_update)
 
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Accuracy of the plan on all of ``val``."""
-        found = self._accuracy(None, on_update)
-        self._add_measured(found)
-        return found
+        return self._measured(None, on_update)
 
-    def _accuracy(self, n: int | None, on_update: Callable[[Estimate], bool | None] | None) -> Estimate:
+    def _measured(self, n: int | None, on_update: Callable[[Estimate], bool | None] | None) -> Estimate:
+        now = self._now
         selection = self.selection
         repaired = repair(self.program, selection, self.plan.repair, self._sample())
-        return self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update)
+        found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update)
+        # A hand may have moved on meanwhile: then this accuracy is not that of the plan that is here now. And an
+        # estimate that was given up half-way is not worth a point.
+        if self._now is now and found.n == min(n or len(self._labels), len(self._labels)):
+            self._add_measured(found)
+        return found
 
     def _sample(self) -> Tensor | None:
         """Training images for a repair."""
@@ -343,7 +344,7 @@ class Lab:
     def _add_measured(self, found: Estimate) -> None:
         if self.selection.kept or self.selection.masks:
             self._add("plan", found)
-        elif not self.stage.cuts:
+        elif self.program is self._first.program:
             self._add("dense", found)
 
     def _add(self, kind: str, found: Estimate) -> None:

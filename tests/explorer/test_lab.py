@@ -158,3 +158,11 @@ def test_history(lab: pl.Lab) -> None:
     assert list(frame["kind"]) == ["dense", "plan"]
     assert frame["compression"].iloc[0] == 1.0
     assert frame["speedup"].iloc[1] > 1.5
+
+
+def test_an_accuracy_is_never_filed_under_a_newer_plan(lab: pl.Lab) -> None:
+    lab.set("conv2", ratio=0.5)
+    lab.estimate(on_update=lambda _: lab.set("conv2", ratio=0.9))
+    assert not lab.points
+    lab.estimate()
+    assert [p.params for p in lab.points] == [lab.cost().params]
