@@ -11,7 +11,7 @@ import numpy as np
 import traitlets
 
 from prunelab.explorer.lab import Lab
-from prunelab.plan import AVAILABLE_GRAINS, Plan, Setting
+from prunelab.plan import AVAILABLE_GRAINS, Plan, Setting, spread
 from prunelab.preview import Estimate
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Term
@@ -75,6 +75,7 @@ def rows_of(lab: Lab) -> list[dict[str, Any]]:
 
 def _row(lab: Lab, layer: Layer, params: float, flops: float) -> dict[str, Any]:
     score = np.zeros(0) if layer.pinned else lab.scores(layer.name)
+    mean, std = spread(score) if score.size else (0.0, 0.0)
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -82,8 +83,8 @@ def _row(lab: Lab, layer: Layer, params: float, flops: float) -> dict[str, Any]:
         "members": len(layer.producers),
         "pinned": layer.pinned,
         "scores": np.sort(score).tolist(),
-        "mean": float(score.mean()) if score.size else 0.0,
-        "std": float(score.std()) if score.size else 0.0,
+        "mean": mean,
+        "std": std,
         "params_share": params,
         "flops_share": flops,
         "stage": layer.stage,

@@ -403,8 +403,8 @@ class Lab:
         return table
 
     def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], cuts: Cuts, label: str) -> None:
-        # Not proved again: a cut of a network that follows every cut follows them too.
-        stage = self._stage(trace(model, self.program.example, prove=False), masks, cuts)
+        # Proved again: what was pinned because forward does not follow its cut must stay so.
+        stage = self._stage(trace(model, self.program.example), masks, cuts)
         plan = replace(self.plan, settings={}, network=stage.program.digest)
         self._move((stage, plan))
         if get(plan.criterion).needs == "statistics":

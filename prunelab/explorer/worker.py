@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+IDLE = 10.0
+"""Seconds without work after which the thread ends; the next request starts another."""
+
 
 class Worker:
     """Runs quick work of which only the newest matters (estimates), and jobs that must be done (commit, fine-tune).
 
-    Quick work is handed a function that says whether it is still wanted; no queue of it ever grows.
+    Quick work is handed a function that says whether it is still wanted; no queue of it ever grows. The thread ends
+    when there has been nothing to do for a while, so that what a closed notebook cell left behind can be freed.
     """
 
     def __init__(self, on_error: Callable[[Exception], None]) -> None:
@@ -54,7 +58,9 @@ class Worker:
             with self._wake:
                 self._busy = False
                 self._wake.notify_all()
-                self._wake.wait_for(lambda: bool(self._jobs) or self._quick is not None)
+                if not self._wake.wait_for(lambda: bool(self._jobs) or self._quick is not None, IDLE):
+                    self._thread = None
+                    return
                 self._busy = True
                 job = self._jobs.pop(0) if self._jobs else None
                 quick, mine = (None, 0) if job else (self._quick, self._serial)

@@ -127,6 +127,8 @@ def _pass(program: Program, data: Any, sample: int, batch_size: int, budget: int
     for batch in track(loader, "profile", total, progress):
         inputs = tuple(x.to(bound.device) for x in inputs_of(program, batch))
         check_images(program, inputs)
+        if not len(inputs[0]):
+            continue
         bound.run(inputs, found.watch)
         found.images += len(inputs[0])
     if not found.images:

@@ -134,8 +134,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for module, flag in flags:
             module.training = flag
         model.to(device)
-        # For mixed precision accelerate puts a forward of its own into the module.
-        for name in {"forward", "_original_forward"} - own:
+        # accelerate leaves its mark and, for mixed precision, a forward of its own in the module.
+        for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
             vars(model).pop(name, None)
 
 
