@@ -36,6 +36,9 @@ NETWORKS = {
     "torchvision vgg16_bn": Network(tv.vgg16_bn, SMALL),
     "torchvision mobilenet_v2": Network(tv.mobilenet_v2, MEDIUM),
     "torchvision densenet121": Network(tv.densenet121, MEDIUM),
+    "torchvision resnext50_32x4d": Network(tv.resnext50_32x4d, MEDIUM),
+    "torchvision mobilenet_v3_small": Network(tv.mobilenet_v3_small, MEDIUM),
+    "torchvision efficientnet_b0": Network(tv.efficientnet_b0, MEDIUM),
     "torchvision squeezenet1_0": Network(tv.squeezenet1_0, MEDIUM),
     "torchvision shufflenet_v2_x1_0": Network(tv.shufflenet_v2_x1_0, MEDIUM),
 }

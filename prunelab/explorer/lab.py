@@ -390,7 +390,7 @@ class Lab:
     ) -> pd.DataFrame:
         """Fine-tune a copy of the current network; it becomes the current network, and undo brings the old one back.
 
-        Weights that a commit zeroed stay zero. The plan stays if one is set.
+        Weights that a commit zeroed stay zero. The plan starts afresh.
 
         Args: as :func:`prunelab.finetune`.
         """

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+INPLACE = re.compile(r"^(?!__)(.*[^_])_$")
+"""Names of operators that overwrite their first argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,12 @@ class Node:
 
     @property
     def opname(self) -> str:
-        """Short operator name without overload: ``conv2d``, ``add``, ``getitem``."""
+        """Short operator name without overload, in-place or not: ``conv2d``, ``add``, ``getitem``."""
         if self.op is None:
             return self.kind
         packet = getattr(self.op, "overloadpacket", None)
-        return str(packet.__name__ if packet is not None else self.op.__name__)
+        name = str(packet.__name__ if packet is not None else self.op.__name__)
+        return INPLACE.sub(r"\1", name)
 
 
 def map_refs(value: Any, fn: Callable[[int], Any]) -> Any:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -141,28 +141,30 @@ def unprovable(program: Program) -> dict[int, str]:
     """
     layers = program.structure.layers
     free = [k for k, layer in enumerate(layers) if not layer.pinned and layer.channels > 1]
-    if not free or _follows(program, _cuts(program, free)):
-        return {}
-    with _stand(program, fake=True) as stand:
-        bad = _search(free, lambda some: _first_reason(stand, _cuts(program, some)))
+
+    def search(stand: _Stand) -> dict[int, str]:
+        return _search(free, lambda some: _first_reason(stand, _cuts(program, some)))
+
+    bad = _try(program, search) if free else {}
     return {label: reason for k, reason in bad.items() for label in layers[k].labels.tolist()}
 
 
 def refusal(program: Program, selection: Selection) -> str:
     """Why the user's forward does not follow this one cut, or ""."""
-    if not selection.kept or _follows(program, [selection]):
-        return ""
-    with _stand(program, fake=True) as stand:
-        return _first_reason(stand, [selection])
+    return _try(program, lambda stand: stand.mismatch(selection)) if selection.kept else ""
 
 
-def _follows(program: Program, selections: list[Selection]) -> bool:
-    """Whether forward follows all these cuts on meta tensors, which is quick; a no needs a second look.
+T = TypeVar("T")
 
-    On meta tensors also a forward fails that makes tensors on a device it names.
-    """
+
+def _try(program: Program, check: Callable[[_Stand], T]) -> T:
+    """A check on meta tensors, which are quick; on fake ones where forward makes tensors on a device it names."""
     with _stand(program, fake=False) as stand:
-        return not any(stand.mismatch(selection) for selection in selections)
+        found = check(stand)
+        if not found or not stand.forward(DENSE)[1]:
+            return found
+    with _stand(program, fake=True) as stand:
+        return check(stand)
 
 
 def _first_reason(stand: _Stand, selections: list[Selection]) -> str:

@@ -21,10 +21,10 @@ RULES: dict[str, Rule] = _table(
             dropout feature_dropout alpha_dropout clone contiguous to _to_copy type_as detach alias lift_fresh
             lift_fresh_copy
             neg exp expm1 log log1p sqrt rsqrt abs clamp clamp_min clamp_max square sin cos erf reciprocal
-            sign floor ceil round logical_not bitwise_not nan_to_num isnan""",
+            sign floor ceil round logical_not bitwise_not nan_to_num isnan fill zero""",
         compute.elementwise: """
             add sub mul div rsub maximum minimum pow where eq ne gt ge lt le logical_and logical_or atan2 fmod
-            remainder masked_fill addcmul addcdiv lerp floor_divide""",
+            remainder masked_fill addcmul addcdiv lerp floor_divide copy""",
         compute.convolution: "conv1d conv2d conv3d",
         compute.transposed_convolution: "conv_transpose1d conv_transpose2d conv_transpose3d",
         compute.linear: "linear",

@@ -13,10 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
-from prunelab.program.nodes import Node, Ref
-
-# An in-place operator becomes its pure twin: values of a program never change, so that they can be cached.
-_INPLACE = re.compile(r"^(?!__)(.*[^_])_$")
+from prunelab.program.nodes import INPLACE, Node, Ref
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -144,22 +141,20 @@ def to_nodes(exported: ExportedProgram, model: nn.Module) -> tuple[tuple[Node, .
         if node.op not in ("placeholder", "call_function"):
             continue
         target = states.get(node.name, "")
-        nodes.append(_node(node, len(nodes), index, first_names.get(target, target)))
-        for same in memory.overwritten(node):
-            # Later readers of the overwritten value read the new one.
-            index[same] = len(nodes) - 1
-        index[node] = len(nodes) - 1
+        same, seen_elsewhere = memory.overwritten(node)
+        op = (node.target if seen_elsewhere else _pure(node.target)) if node.op == "call_function" else None
+        nodes.append(_node(node, op, len(nodes), index, first_names.get(target, target)))
+        # Later readers of an overwritten value read the new one.
+        index.update(dict.fromkeys([*same, node], len(nodes) - 1))
     return tuple(nodes), output
 
 
-def _node(node: fx.Node, at: int, index: Mapping[fx.Node, int], target: str) -> Node:
+def _node(node: fx.Node, op: Any, at: int, index: Mapping[fx.Node, int], target: str) -> Node:
     shape, batched, shapes = _shapes(node.meta.get("val"))
-    kind: Any = "op" if node.op == "call_function" else ("state" if target else "input")
-    op = _pure(node.target) if kind == "op" else None
-    args = _arguments(node, index) if kind == "op" else {}
+    args = _arguments(node, op, index) if op is not None else {}
     return Node(
         index=at,
-        kind=kind,
+        kind="op" if op is not None else ("state" if target else "input"),
         name=node.name,
         op=op,
         args=args,
@@ -181,9 +176,9 @@ def _convert(value: Any, index: Mapping[fx.Node, int]) -> Any:
     return value
 
 
-def _arguments(node: fx.Node, index: Mapping[fx.Node, int]) -> dict[str, Any]:
+def _arguments(node: fx.Node, op: Any, index: Mapping[fx.Node, int]) -> dict[str, Any]:
     """Arguments by name; an ATen overload's defaults are filled in from its schema."""
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(op, "_schema", None)
     if schema is None:
         return {str(i): _convert(a, index) for i, a in enumerate(node.args)}
     names = [a.name for a in schema.arguments]
@@ -202,10 +197,11 @@ def _refs(values: Sequence[Any]) -> Iterator[int]:
 
 
 def _pure(target: Any) -> Any:
+    """An in-place operator's pure twin: values that never change can be kept and compared."""
     packet = getattr(target, "overloadpacket", None)
     if packet is None and hasattr(target, "namespace"):
         raise PruneLabError(f"The network uses {target}, whose inside cannot be followed.")
-    match = _INPLACE.match(packet.__name__) if packet is not None else None
+    match = INPLACE.match(packet.__name__) if packet is not None else None
     if packet is None or match is None:
         return target
     twin = getattr(torch.ops.aten, match.group(1), None)
@@ -224,29 +220,34 @@ class _Memory:
         self._views: dict[fx.Node, list[fx.Node]] = {}
         self._same: dict[fx.Node, list[fx.Node]] = {}
 
-    def overwritten(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that stand for exactly the value that this one overwrites; empty for a pure operator.
+    def overwritten(self, node: fx.Node) -> tuple[list[fx.Node], bool]:
+        """What an in-place operator overwrites; nothing for a pure one.
+
+        Returns:
+            the nodes that stand for exactly that value, and whether it is read later through another view: then a
+            new value in its place is not enough, the memory itself must be overwritten.
 
         Raises:
-            PruneLabError: another view of that memory is read later: it would silently be stale.
+            PruneLabError: that memory is the user's own: a parameter, a buffer or an input.
         """
         source = _shares(node)
         root = self._root[node] = self._root.get(source, source) if source is not None else node
         before = [*self._views.setdefault(root, []), root]
         self._views[root].append(node)
         packet = getattr(node.target, "overloadpacket", None)
-        if source is None or packet is None or not _INPLACE.match(packet.__name__):
-            return []
+        if source is None or packet is None or not INPLACE.match(packet.__name__):
+            return [], False
         same = self._same.setdefault(source, [source])
         self._same[node] = same
-        for other in before:
-            if other not in same and any(self._order[u] > self._order[node] for u in other.users):
-                raise PruneLabError(
-                    f"The network overwrites part of a value in place ({_source(node) or node.name}) and "
-                    "reads it through another view later; write that line without the in-place operation."
-                )
+        others = (user for view in before if view not in same for user in view.users)
+        elsewhere = any(self._order[user] > self._order[node] for user in others)
+        if elsewhere and root.op == "placeholder":
+            raise PruneLabError(
+                f"The network overwrites part of {root.name} in place ({_source(node) or node.name}) and reads it "
+                "through another view later; write that line without the in-place operation."
+            )
         same.append(node)
-        return same
+        return same, elsewhere
 
 
 def _shares(node: fx.Node) -> fx.Node | None:

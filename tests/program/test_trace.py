@@ -25,6 +25,7 @@ class Net(nn.Module):
         self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.head, self.unused = nn.Linear(8, 5), nn.Linear(4, 4)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("table", torch.ones(8))
         self.scale = torch.full((8, 1, 1), 2.0)
         self.body = body
 
@@ -80,7 +81,8 @@ def counting(net: Net, x: Tensor) -> Tensor:
 
 def dropping(net: Net, x: Tensor) -> Tensor:
     y = functional.dropout(net.a(x), 0.5, net.training)
-    out: Tensor = net.b(functional.dropout2d(y, 0.5, net.training).relu())
+    y = functional.dropout(functional.dropout2d(y, 0.5, net.training), 0.5, net.training, inplace=True)
+    out: Tensor = net.b(functional.silu(y.relu(), inplace=True))
     return out
 
 
@@ -113,23 +115,60 @@ def test_a_number_made_in_forward_pins_nothing() -> None:
     assert not program.layer("a").pinned
 
 
-def stale_view(net: Net, x: Tensor) -> Tensor:
+def overwritten_under_a_view(net: Net, x: Tensor) -> Tensor:
     y = net.a(x)
     deep = y.view(y.shape[0], -1).view(y.shape)
     y.relu_()
-    return deep
+    out: Tensor = net.b(deep)
+    return out
 
 
-def stale_part(net: Net, x: Tensor) -> Tensor:
+def overwritten_in_part(net: Net, x: Tensor) -> Tensor:
     y: Tensor = net.a(x)
-    y.chunk(2, 1)[0].relu_()
-    return y
+    left, right = y.chunk(2, 1)
+    left.relu_()
+    right += 1.0
+    right[:, :, :2] = 0.0
+    y.mul_(2.0)
+    out: Tensor = net.b(y * torch.cat([left, right], 1))
+    return out
 
 
-@pytest.mark.parametrize("body", [stale_view, stale_part])
-def test_an_overwritten_view_that_is_read_later_is_refused(body: Body) -> None:
-    with pytest.raises(pl.PruneLabError, match=r"in place \(.*test_trace.py:\d+\).*without the in-place"):
-        pl.trace(network(body).build(torch.float32), torch.randn(2, 3, 6, 6))
+def filled_in(net: Net, x: Tensor) -> Tensor:
+    mask = x.new_zeros(6, 6)
+    mask[:3, 2:] = 1.0
+    mask[4] += 0.5
+    y = net.a(x)
+    frame = torch.zeros_like(y)
+    frame[:, :, 1:] = y[:, :, 1:]
+    out: Tensor = net.b(frame * mask)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("body", "channels"), [(overwritten_under_a_view, 8), (overwritten_in_part, 4), (filled_in, 8)]
+)
+def test_what_is_overwritten_is_seen_through_every_view(body: Body, channels: int) -> None:
+    program = check_promise(network(body))
+    layer = program.layer("a")
+    assert (layer.channels, layer.pinned) == (channels, "")
+
+
+def overwritten_buffer(net: Net, x: Tensor) -> Tensor:
+    first = net.table[:4]
+    net.table.mul_(2.0)
+    out: Tensor = net.b(net.a(x)) + first.mean()
+    return out
+
+
+def test_overwriting_the_users_own_memory_under_a_view_is_refused() -> None:
+    model = network(overwritten_buffer).build(torch.float32)
+    before = model.get_buffer("table").clone()
+    with pytest.raises(
+        pl.PruneLabError, match=r"part of b_table in place \(.*test_trace.py:\d+\).*without the in-place"
+    ):
+        pl.trace(model, torch.randn(2, 3, 6, 6))
+    assert torch.equal(model.get_buffer("table"), before)
 
 
 def lowered(net: Net, x: Tensor) -> Tensor:

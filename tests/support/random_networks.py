@@ -153,6 +153,13 @@ def _chunked(x: Tensor, _: list[Tensor], count: int, how: str) -> Tensor:
     return first
 
 
+def _overwritten(x: Tensor, _: list[Tensor]) -> Tensor:
+    y = x * 1.5
+    y[:, :, 1:].relu_()
+    y += 0.25
+    return y
+
+
 FUNCTIONS: dict[str, Any] = {
     "relu": lambda x, _: x.relu(),
     "silu": lambda x, _: functional.silu(x),
@@ -172,9 +179,21 @@ FUNCTIONS: dict[str, Any] = {
     "channel_mean": lambda x, _: x - x.mean(1, keepdim=True),
     "softmax": lambda x, _: x.softmax(1) * 4.0,
     "scaled": lambda x, _: x / x.shape[1],
+    "overwritten": _overwritten,
 }
 
-PLAIN = ("relu", "relu", "silu", "sigmoid", "flipped", "first_times_all", "halved", "scaled", "channel_mean")
+PLAIN = (
+    "relu",
+    "relu",
+    "silu",
+    "sigmoid",
+    "flipped",
+    "first_times_all",
+    "halved",
+    "scaled",
+    "overwritten",
+    "channel_mean",
+)
 WEIGHED = (
     "conv",
     "conv",
