@@ -201,7 +201,6 @@ class Explorer(w.VBox):
         """Whatever goes wrong is said where the user looks."""
         text = str(error) if isinstance(error, PruneLabError) else f"{type(error).__name__}: {error}"
         self._say("", error=text)
-        self._enable(True)
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Run a callback; its error becomes the visible line."""

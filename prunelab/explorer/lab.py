@@ -329,7 +329,7 @@ class Lab:
     def _measured(self, n: int | None, on_update: Callable[[Estimate], bool | None] | None) -> Estimate:
         now = self._now
         selection = self.selection
-        repaired = repair(self.program, selection, self.plan.repair, self._sample())
+        repaired = repair(self.program, self._masked(selection), self.plan.repair, self._sample())
         found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update)
         # A hand may have moved on meanwhile: then this accuracy is not that of the plan that is here now. And an
         # estimate that was given up half-way is not worth a point.
@@ -374,8 +374,9 @@ class Lab:
         selection = self.selection
         if not selection.kept and not selection.masks:
             raise PruneLabError("There is nothing to commit: the plan removes no channel and no weight.")
-        small = commit(self.program, selection, repair=self.plan.repair, images=self._sample())
-        masks = sliced_masks(self.program, self._masked(selection))
+        masked = self._masked(selection)
+        small = commit(self.program, masked, repair=self.plan.repair, images=self._sample())
+        masks = sliced_masks(self.program, masked)
         self._enter(small, masks, (*self.stage.cuts, dict(selection.kept)), "commit")
         return small
 

@@ -166,3 +166,15 @@ def test_an_accuracy_is_never_filed_under_a_newer_plan(lab: pl.Lab) -> None:
     assert not lab.points
     lab.estimate()
     assert [p.params for p in lab.points] == [lab.cost().params]
+
+
+def test_a_repair_leaves_the_zeros_of_an_earlier_commit(lab: pl.Lab) -> None:
+    lab.use(pl.Plan("l1").set("fc1", ratio=0.5, grain="weight"))
+    lab.commit()
+    lab.use(pl.Plan("l1", repair="least-squares").set("conv2", ratio=0.5))
+    shown, promised = lab.measure(), lab.cost()
+    small = lab.commit()
+    zeros = int((small.fc1.weight == 0).sum())
+    assert zeros >= small.fc1.weight.numel() - int(lab.stage.masks["fc1.weight"].sum())
+    assert lab.dense_cost().nonzero == promised.nonzero
+    assert lab.measure().accuracy == shown.accuracy

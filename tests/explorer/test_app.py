@@ -1,0 +1,30 @@
+"""The explorer's own rules, without a browser: who may change what, and when."""
+
+from __future__ import annotations
+
+import threading
+
+import prunelab as pl
+
+TRAIN, TEST = pl.datasets.fashion_mnist()
+
+
+def test_an_edit_during_long_work_is_refused_and_leaves_the_controls_off() -> None:
+    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
+    lab.run_profile(progress=False)
+    explorer = pl.explore(lab)
+    gate = threading.Event()
+    explorer._job("long work", lambda: "done" if gate.wait(30) else "late")
+    plan = lab.plan
+    for ratio in (0.3, 0.6):
+        entry = {**explorer.desk.layers["conv2"], "rule": "ratio", "value": ratio}
+        explorer.desk.layers = {**explorer.desk.layers, "conv2": entry}
+        explorer.desk.edits += 1
+        assert "wait, or stop it first" in explorer.desk.status["error"]
+        assert lab.plan == plan
+        assert explorer._commit.disabled
+        assert not explorer._stopper.disabled
+    gate.set()
+    assert explorer._worker.drain(60)
+    assert explorer.desk.status["text"] == "done"
+    assert not explorer._commit.disabled
