@@ -7,6 +7,7 @@ layer sees what the earlier ones have become.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -54,11 +55,12 @@ def _least_squares(program: Program, selection: Selection, images: Tensor) -> di
     repaired: dict[str, Tensor] = {}
     before: dict[int, Any] = {}
     now: dict[int, Any] = {}
+    once = _used_once(program)
     feeds = [iter(inputs_of(program, images.to(dense.device))) for _ in range(2)]
     with torch.no_grad():
         for node in program.nodes:
             before[node.index] = dense.value(node, before, feeds[0])
-            if _repairable(program, node):
+            if _repairable(program, node, once):
                 dims = program.structure.values[node.args["weight"].index]
                 assert isinstance(dims, tuple)
                 if kept_index(dims[1], label, gone) is not None:
@@ -70,16 +72,19 @@ def _least_squares(program: Program, selection: Selection, images: Tensor) -> di
     return repaired
 
 
-def _repairable(program: Program, node: Node) -> bool:
+def _used_once(program: Program) -> set[str]:
+    """Parameters that a single operator reads: only they can be chosen for that operator alone."""
+    reads = Counter(program.nodes[i].target for node in program.nodes for i in node.inputs)
+    return {target for target, count in reads.items() if target and count == 1}
+
+
+def _repairable(program: Program, node: Node, once: set[str]) -> bool:
     """Convolutions of images without groups, and linear layers, whose weight is used only once."""
     weight = node.args.get("weight")
     if node.opname not in ("conv2d", "linear") or not isinstance(weight, Ref):
         return False
-    target = program.nodes[weight.index].target
-    same = [n for n in program.nodes if n.kind == "state" and n.target == target]
-    uses = sum(weight_node.index in n.inputs for weight_node in same for n in program.nodes)
     plain = int(node.args.get("groups", 1)) == 1 and not isinstance(node.args.get("padding"), str)
-    return bool(target) and uses == 1 and plain
+    return plain and program.nodes[weight.index].target in once
 
 
 def _kept(value: Tensor, dims: Any, label: Any, gone: Any) -> Tensor:

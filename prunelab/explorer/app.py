@@ -190,9 +190,15 @@ class Explorer(w.VBox):
         if wanted():
             self.desk.estimate = {**estimate_of(found, "ready"), "edits": answered}
         if wanted():
-            self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+            self._draw_details()
         if wanted():
-            self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
+            self._draw_scatter()
+
+    def _draw_details(self) -> None:
+        self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+
+    def _draw_scatter(self) -> None:
+        self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
 
     def _say(self, text: str, progress: float | None = None, error: str = "", busy: bool = False) -> None:
         self.desk.status = {"text": text, "error": error, "busy": busy, "progress": progress}
@@ -220,9 +226,6 @@ class Explorer(w.VBox):
             self._on_message(None, content, None)
 
     def _edit(self) -> None:
-        if self._long:
-            self._show_plan()
-            raise PruneLabError("The network is being changed: wait, or stop it first.")
         plan = plan_of(self.desk.layers, self.lab.plan)
         old = self.lab.plan.settings
         changed = str([(n, s.rule, s.grain, s.locked) for n, s in plan.settings.items() if s != old.get(n)])
@@ -230,6 +233,7 @@ class Explorer(w.VBox):
         merge = changed == self._last_edit[1] and now - self._last_edit[0] < _ONE_MOVEMENT
         self._last_edit = (now, changed)
         try:
+            self._refuse_while_busy()
             self.lab.use(plan, merge=merge)
         except PruneLabError:
             self._show_plan()
@@ -238,9 +242,9 @@ class Explorer(w.VBox):
 
     def _on_view(self, change: dict[str, Any]) -> None:
         def draw(wanted: Callable[[], bool]) -> None:
-            self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+            self._draw_details()
             if change["name"] == "dark" and wanted():
-                self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
+                self._draw_scatter()
             if self.desk.estimate.get("state") != "ready":
                 self._estimate(wanted)
 
@@ -258,8 +262,7 @@ class Explorer(w.VBox):
 
     def _change(self, action: Callable[[], None]) -> None:
         """A change of plan or network that did not start in the rows."""
-        if self._long:
-            raise PruneLabError("The network is being changed: wait, or stop it first.")
+        self._refuse_while_busy()
         before = (self.lab.program, self.lab.plan.criterion)
         action()
         if (self.lab.program, self.lab.plan.criterion) == before:
@@ -285,8 +288,7 @@ class Explorer(w.VBox):
 
     def _job(self, text: str, work: Callable[[], str]) -> None:
         """Run long work on the worker with the controls off, and say how it ended."""
-        if self._long:
-            raise PruneLabError("Something is running already: wait, or stop it first.")
+        self._refuse_while_busy()
         self._stop.clear()
         self._enable(False)
         self._say(text, busy=True)
@@ -300,6 +302,10 @@ class Explorer(w.VBox):
             self._say(done)
 
         self._worker.job(run)
+
+    def _refuse_while_busy(self) -> None:
+        if self._long:
+            raise PruneLabError("The network is being changed or measured: wait, or stop it first.")
 
     def _enable(self, on: bool) -> None:
         self._long = not on

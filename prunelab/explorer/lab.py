@@ -6,19 +6,19 @@ No widget is needed for it: the explorer only calls what is here.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from prunelab.commit import commit
 from prunelab.criteria.registry import Scores, get, scores
 from prunelab.errors import PruneLabError
+from prunelab.explorer.keeping import read_lab, rebuild, write_lab, write_network
+from prunelab.explorer.stage import Cuts, Point, Stage
 from prunelab.plan import Plan, Setting
 from prunelab.preview import Estimate, Preview, labelled
 from prunelab.profile.capture import Profile, profile
@@ -26,8 +26,6 @@ from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.selection import Selection
-from prunelab.program.surgery import cut
-from prunelab.program.trace import export
 from prunelab.progress import Progress
 from prunelab.repair import repair
 from prunelab.train.finetune import Epoch, finetune
@@ -38,45 +36,6 @@ if TYPE_CHECKING:
 
 REPAIR_IMAGES = 2000
 """How many training images a repair looks at."""
-
-Cuts = tuple[Mapping[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A network between two commits: as given, as committed, or as fine-tuned.
-
-    Attributes:
-        program: the traced network; ``profile`` what it does on the training set, once measured.
-        preview: quick accuracy on the probe images.
-        masks: weights held at zero, by parameter name.
-        cuts: what each commit kept, in order: the way from the first network's code to this one's shapes.
-    """
-
-    program: Program
-    profile: Profile | None
-    preview: Preview
-    masks: Mapping[str, Tensor]
-    cuts: Cuts
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured plan or network, for the picture of accuracy against FLOPs.
-
-    Attributes:
-        kind: ``dense``, ``plan``, ``commit`` or ``finetune``.
-    """
-
-    kind: str
-    params: int
-    nonzero: int
-    flops: int
-    accuracy: float
-    low: float
-    high: float
-    n: int
-    plan: str
 
 
 class Lab:
@@ -423,20 +382,13 @@ class Lab:
         Raises:
             PruneLabError: the folder cannot be written.
         """
-        from safetensors.torch import save_file
-
-        target = Path(folder)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            tensors = {k: v.contiguous().clone() for k, v in self.model.state_dict().items()}
-            masks = {f"mask:{k}": v.contiguous() for k, v in self.stage.masks.items()}
-            save_file({**tensors, **masks}, target / "network.safetensors")
-            points = [vars(p) for p in self._points]
-            text = json.dumps({"format": 1, "name": self.name, "plan": self.plan.to_json(),
-                    "cuts": [dict(c) for c in self.stage.cuts], "points": points}, indent=1)  # fmt: skip
-            (target / "lab.json").write_text(text)
-        except OSError as error:
-            raise PruneLabError(f"The lab cannot be saved in {target}: {error}.") from error
+        record = {
+            "name": self.name,
+            "plan": self.plan.to_json(),
+            "cuts": [dict(kept) for kept in self.stage.cuts],
+            "points": [vars(point) for point in self._points],
+        }
+        write_lab(Path(folder), self.model, self.stage.masks, record)
 
     def export(self, path: Path | str) -> Path:
         """Write the current network to a file: ``.pt2`` (runs without its code) or ``.safetensors`` (weights).
@@ -444,19 +396,8 @@ class Lab:
         Raises:
             PruneLabError: another suffix, or a file that cannot be written.
         """
-        from safetensors.torch import save_file
-
         target = Path(path)
-        if target.suffix not in (".pt2", ".safetensors"):
-            raise PruneLabError(f"Export to a file that ends in .pt2 or .safetensors, not {target.name!r}.")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.suffix == ".pt2":
-                torch.export.save(export(self.model, self.program.example), target)
-            else:
-                save_file({k: v.contiguous().clone() for k, v in self.model.state_dict().items()}, target)
-        except OSError as error:
-            raise PruneLabError(f"The network cannot be written to {target}: {error}.") from error
+        write_network(self.program, target)
         return target
 
     @classmethod
@@ -472,37 +413,21 @@ class Lab:
         Raises:
             PruneLabError: the folder holds no lab, or the saved tensors are another network's.
         """
-        from safetensors.torch import load_file
-
         source = Path(folder)
         try:
-            raw = json.loads((source / "lab.json").read_text())
-            tensors = load_file(source / "network.safetensors")
-            points = [Point(**p) for p in raw["points"]]
+            state, masks, record = read_lab(source)
+            points = [Point(**p) for p in record["points"]]
         except Exception as error:
             raise PruneLabError(f"There is no lab to load in {source}: {error}.") from error
-        masks = {k.removeprefix("mask:"): v for k, v in tensors.items() if k.startswith("mask:")}
-        state = {k: v for k, v in tensors.items() if not k.startswith("mask:")}
-        cuts = tuple({k: tuple(v) for k, v in c.items()} for c in raw["cuts"])
-        model = _refill(make_model(), cuts, state, labelled(val, 2)[0])
-        lab = cls(model, train, val, name=raw["name"], **settings)
+        cuts = tuple({k: tuple(v) for k, v in c.items()} for c in record["cuts"])
+        model = rebuild(make_model(), cuts, state, labelled(val, 2)[0])
+        lab = cls(model, train, val, name=record["name"], **settings)
         lab._now = (replace(lab.stage, masks=masks, cuts=cuts), lab.plan)
         lab._points = points
-        lab.use(Plan.from_json(raw["plan"]))
+        lab.use(Plan.from_json(record["plan"]))
         return lab
 
 
 def _in_order(data: Any) -> Any:
     """The data set under a loader: a profile is taken in a fixed order, over all of it."""
     return getattr(data, "dataset", data)
-
-
-def _refill(model: nn.Module, cuts: Cuts, state: Mapping[str, Tensor], example: Tensor) -> nn.Module:
-    """A fresh model cut to the saved shapes, with the saved tensors."""
-    for kept in cuts:
-        model = cut(trace(model, example, prove=False), Selection(kept))
-    try:
-        model.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise PruneLabError("The saved tensors are not those of the model that make_model gives.") from error
-    return model

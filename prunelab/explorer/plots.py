@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from prunelab.explorer.lab import Lab, Point
+from prunelab.explorer.lab import Lab
+from prunelab.explorer.stage import Point
 from prunelab.plan import Setting, removed
 from prunelab.program.channels import Layer
 

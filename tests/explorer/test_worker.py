@@ -13,6 +13,20 @@ from prunelab.explorer import worker as worker_module
 from prunelab.explorer.worker import Worker
 
 
+def start_unwilling(worker: Worker, log: list[str]) -> None:
+    """Start quick work that runs until it is no longer wanted, and then says so in ``log``."""
+    running = threading.Event()
+
+    def long(wanted: Callable[[], bool]) -> None:
+        running.set()
+        while wanted():
+            pass
+        log.append("stopped")
+
+    worker.latest(long)
+    assert running.wait(10)
+
+
 def test_the_last_of_ten_thousand_requests_is_the_one_at_the_end() -> None:
     done: list[int] = []
     worker = Worker(lambda error: done.append(-1))
@@ -31,16 +45,9 @@ def test_the_last_of_ten_thousand_requests_is_the_one_at_the_end() -> None:
 
 def test_a_newer_request_stops_the_running_one() -> None:
     worker = Worker(lambda error: None)
-    running, seen = threading.Event(), []
+    seen: list[str] = []
 
-    def long(wanted: Callable[[], bool]) -> None:
-        running.set()
-        while wanted():
-            pass
-        seen.append("stopped")
-
-    worker.latest(long)
-    assert running.wait(10)
+    start_unwilling(worker, seen)
     worker.latest(lambda wanted: seen.append("newest"))
     assert worker.drain(10)
     assert seen == ["stopped", "newest"]
@@ -81,16 +88,10 @@ def test_of_many_requests_only_the_last_runs_while_one_is_under_way() -> None:
 
 
 def test_jobs_go_before_quick_work_in_their_order_and_stop_what_runs() -> None:
-    worker, running, order = Worker(lambda error: None), threading.Event(), []
+    worker = Worker(lambda error: None)
+    order: list[str] = []
 
-    def long(wanted: Callable[[], bool]) -> None:
-        running.set()
-        while wanted():
-            pass
-        order.append("stopped")
-
-    worker.latest(long)
-    assert running.wait(10)
+    start_unwilling(worker, order)
     with worker._wake:  # all three are there before the worker looks
         worker.latest(lambda wanted: order.append("quick"))
         worker.job(lambda: order.append("first job"))
