@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -92,8 +93,11 @@ def _kept(value: Tensor, dims: Any, label: Any, gone: Any) -> Tensor:
     kept: Dims = dims
     for dim, ids in enumerate(kept):
         index = kept_index(ids, label, gone)
-        if index is not None:
-            value = value.index_select(dim, torch.from_numpy(index).to(value.device))
+        if index is not None and ids is not None:
+            # Where heads are folded into the batch, they stand there once for every image.
+            starts = np.arange(0, value.shape[dim], len(ids))
+            all_ = torch.from_numpy((starts[:, None] + index).reshape(-1))
+            value = value.index_select(dim, all_.to(value.device))
     return value
 
 

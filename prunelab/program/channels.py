@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunelab.program.context import Context, Value
+from prunelab.program.hints import Hints
 from prunelab.program.ids import FIXED, Dims, Ids, Ties
 from prunelab.program.nodes import Node, Ref
 from prunelab.program.rules import apply
@@ -98,22 +99,20 @@ def find(
     nodes: tuple[Node, ...],
     outputs: tuple[object, ...],
     constants: Collection[str],
-    pins: Mapping[int, str],
-    axes: Mapping[int, int],
+    hints: Hints,
 ) -> Structure:
     """Carry ids through the program and group them.
 
     Args:
         constants: states that no commit can cut: tensors that are neither parameters nor buffers.
-        pins: classes to pin beyond what the rules find, by label, with the reason.
-        axes: for reshapes that split a channel dimension, which part stays removable, by node index.
+        hints: what is known of the user's forward beyond the operators.
     """
     ties = Ties()
     values: list[Value] = []
     slots: dict[str, tuple[Ids | None, ...]] = {}
     for node in nodes:
         if node.kind == "op":
-            values.append(apply(Context(node, nodes, values, ties, dict(axes))))
+            values.append(apply(Context(node, nodes, values, ties, hints.axes)))
         elif node.kind == "state" and node.shape is not None and node.target not in constants:
             if node.target not in slots:
                 slots[node.target] = tuple(ties.fresh(n) if n > 1 else None for n in node.shape)
@@ -124,12 +123,19 @@ def find(
         for dims in _tensors(values[output.index]) if isinstance(output, Ref) else ():
             for ids in dims:
                 ties.pin(ids, OUTPUT)
+    for (a, i), (b, j) in hints.ties:
+        ties.tie(_along(values[a], i), _along(values[b], j), "your forward takes its size from one that cannot change")
     label, reasons = ties.labels()
-    layers = _layers(nodes, values, slots, label, {**pins, **reasons})
+    layers = _layers(nodes, values, slots, label, {**hints.pins, **reasons})
     owner = np.full(len(label), -1, np.int32)
     for k, layer in enumerate(layers):
         owner[layer.labels] = k
     return Structure(tuple(values), label, owner, tuple(layers))
+
+
+def _along(value: Value, dim: int) -> Ids | None:
+    """Ids along one dimension of a tensor."""
+    return value[dim] if isinstance(value, tuple) else None
 
 
 def _tensors(value: Value) -> list[Dims]:

@@ -126,6 +126,26 @@ def matmul(c: Context) -> Value:
     return (*(q if p is None else p for p, q in zip(lead_a, lead_b, strict=True)), a[-2], b[-1])
 
 
+def letters(node: Node) -> tuple[list[str], str] | None:
+    """What an ``einsum`` names the dimensions of each operand and of its result; None where it leaves some out."""
+    operands, arrow, result = str(node.args["equation"]).replace(" ", "").partition("->")
+    return None if not arrow or "." in operands else (operands.split(","), result)
+
+
+def einsum(c: Context) -> Value:
+    """A sum of products: dimensions of the same letter go together."""
+    named = letters(c.node)
+    if named is None or any(len(set(word)) < len(word) for word in named[0]):
+        return unknown(c)
+    met: dict[str, Ids | None] = {}
+    for word, operand in zip(named[0], c.node.args["tensors"], strict=True):
+        dims = c.values[operand.index]
+        assert isinstance(dims, tuple)
+        for letter, ids in zip(word, dims, strict=True):
+            c.tie(met.setdefault(letter, ids), ids)
+    return tuple(met[letter] for letter in named[1])
+
+
 def attention(c: Context) -> Value:
     """``scaled_dot_product_attention``: queries and keys share their last dimension, all share the heads."""
     q, k, v = c.given("query"), c.given("key"), c.given("value")

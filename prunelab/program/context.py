@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prunelab.program.ids import Dims, Ids, Ties
@@ -25,7 +25,7 @@ class Context:
     nodes: tuple[Node, ...]
     values: list[Value]
     ties: Ties
-    axes: dict[int, int]
+    axes: Mapping[int, int]
 
     def dims(self, name: str) -> Dims | None:
         """Ids of the tensor argument ``name``; None if it is absent or a number."""

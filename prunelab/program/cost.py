@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.program.channels import Structure
+from prunelab.program.compute import letters
 from prunelab.program.ids import FIXED, Ids
 from prunelab.program.nodes import Node, map_refs
 
@@ -181,6 +182,16 @@ def _macs(node: Node, nodes: tuple[Node, ...], structure: Structure, size: Any) 
     if name == "scaled_dot_product_attention":
         q, k, v = of("query"), of("key"), of("value")
         return [_term(1, [*q, k[-2]], node.module), _term(1, [*q[:-1], k[-2], v[-1]], node.module)]
+    if name == "einsum" and (named := letters(node)) and len(named[0]) == 2:
+        (left, right), result = named
+        lengths = {
+            letter: length
+            for word, operand in zip(named[0], node.args["tensors"], strict=True)
+            for letter, length in zip(word, sizes(operand.index), strict=True)
+        }
+        # What only one operand has and the result does not is summed before they are multiplied.
+        met = [letter for letter in lengths if letter in result or (letter in left and letter in right)]
+        return [_term(1, [lengths[letter] for letter in met], node.module)] if set(met) - set(result) else []
     if name in _COUNTED:
         return [Term(_count(node, nodes), (), node.module)]
     return []

@@ -128,7 +128,7 @@ def split(ids: Ids | None, sizes: list[int], axis: int | None, ties: Ties) -> li
         if (column == column[:, :1]).all():
             out[k] = column[:, 0]
             return out
-    k = long[-1] if axis is None else axis
+    k = axis if axis in long else long[-1]
     column = columns[long.index(k)]
     for other in range(1, column.shape[1]):
         ties.tie(column[:, 0], column[:, other], "it is reshaped together with what cannot shrink")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from prunelab.errors import PruneLabError, unknown
 from prunelab.program import cost as costs
 from prunelab.program.channels import Layer, Structure, find, module_of
+from prunelab.program.hints import Hints
 from prunelab.program.nodes import Node
-from prunelab.program.proof import unprovable
+from prunelab.program.opening import opened
 from prunelab.program.run import checked_masks, kept_layers, last_used, literal_nodes, slice_states
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.trace import (
@@ -95,6 +96,7 @@ class Program:
         batch: None when any number of images can run at once, else the number that the user's code fixes.
         example: the arguments that it was traced with.
         constants: tensors that the user's code holds besides parameters and buffers, by name.
+        hints: what was found out about the user's forward beyond its operators.
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ class Program:
     batch: int | None
     example: tuple[Any, ...]
     constants: Mapping[str, Tensor]
+    hints: Hints
 
     @cached_property
     def layers(self) -> Layers:
@@ -230,9 +233,11 @@ def trace(model: nn.Module, example: Any, *, prove: bool = True) -> Program:
     exported = export(model, args)
     nodes, outputs = to_nodes(exported, model)
     held = constants(exported)
-    program = _build(model, nodes, outputs, args, held, {})
-    pins = unprovable(program) if prove else {}
-    return _build(model, nodes, outputs, args, held, pins) if pins else program
+
+    def build(hints: Hints) -> Program:
+        return _build(model, nodes, outputs, args, held, hints)
+
+    return opened(build, nodes) if prove else build(Hints())
 
 
 def _build(
@@ -241,9 +246,9 @@ def _build(
     outputs: tuple[Any, ...],
     example: tuple[Any, ...],
     held: Mapping[str, Tensor],
-    pins: Mapping[int, str],
+    hints: Hints,
 ) -> Program:
-    structure = find(nodes, outputs, held.keys(), pins, {})
+    structure = find(nodes, outputs, held.keys(), hints)
     first = next(n for n in nodes if n.kind == "input" and n.shape is not None)
     assert first.shape is not None
     batch = None if first.batched[0] else first.shape[0]
@@ -259,6 +264,7 @@ def _build(
         batch=batch,
         example=example,
         constants=held,
+        hints=hints,
     )
 
 

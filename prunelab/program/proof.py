@@ -6,7 +6,8 @@ does. Layers for which it does not are pinned, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -23,11 +24,13 @@ from prunelab.program.guard import eval_mode, quiet
 from prunelab.program.run import bind
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.surgery import cut
+from prunelab.program.trace import first_line, in_words, user_line
 
 if TYPE_CHECKING:
     from prunelab.program.program import Program
 
-Calls = list[tuple[str, tuple[Any, ...]]]
+Call = tuple[str, tuple[Any, ...]]
+Calls = list[Call]
 
 # Operators that change nothing, or only check; the program may call more or fewer of them than forward.
 _SILENT = {
@@ -70,8 +73,21 @@ def _call(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[str, tuple[An
     return pure, tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in read)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Where and why forward and program differ on a cut.
+
+    Attributes:
+        reason: in words.
+        node: the first node that differs, or None where it cannot be told.
+    """
+
+    reason: str
+    node: int | None
+
+
 @dataclass(frozen=True, eq=False)
-class _Stand:
+class Stand:
     """Tensors without data for every state and argument of a program."""
 
     program: Program
@@ -79,27 +95,51 @@ class _Stand:
     tensors: dict[str, Tensor]
     args: tuple[Any, ...]
 
-    def mismatch(self, selection: Selection) -> str:
-        """Why forward and program differ on a cut, or ""."""
+    def mismatch(self, selection: Selection) -> Failure | None:
+        """Why forward and program differ on a cut, or None where they agree."""
         said, error = self.forward(selection)
+        expected, problem = self.expected(selection)
+        if problem and not error:
+            return Failure(f"the cut network cannot be run: {problem}", None)
+        other_path = not self._same_when_dense and (len(expected), len(said)) != tuple(map(len, self.dense))
+        if other_path and not error:
+            return Failure("your forward takes another path when it is cut", None)
+        for i, j in self._pairs(min(len(expected), len(said))):
+            node, (name, wanted) = expected[i]
+            called, read = said[j]
+            if expected[i][1] != said[j]:
+                does = f"would read {read}, not {wanted}" if called == name else f"calls {called} there"
+                where = in_words(self.program.nodes[node].source)
+                return Failure(error or f"your forward does not follow the cut at {name}: it {does}{where}", node)
         if error:
-            return error
-        expected, error = self.expected(selection)
-        if error:
-            return f"the cut network cannot be run: {error}"
-        if expected == said:
-            return ""
-        if len(expected) != len(self.dense[0]) or len(said) != len(self.dense[1]):
-            return "your forward takes another path when it is cut"
-        for ours, theirs in ((expected[i], said[j]) for i, j in self.alike):
-            if ours != theirs:
-                return f"your forward does not follow the cut at {theirs[0]}: it would read {theirs[1]}, not {ours[1]}"
-        return ""
+            return Failure(error, self._node_at(len(said), expected))
+        if self._same_when_dense and len(expected) != len(said):
+            return Failure("your forward takes another path when it is cut", None)
+        return None
+
+    def _node_at(self, position: int, expected: list[tuple[int, Call]]) -> int | None:
+        """The node that makes the call which forward did not come to make."""
+        if self._same_when_dense:
+            return expected[position][0] if position < len(expected) else None
+        return next((self._dense_nodes[i] for i, j in self.alike if j >= position), None)
+
+    def _pairs(self, count: int) -> Iterable[tuple[int, int]]:
+        """Places of the calls, among the first so many, that stand for each other on a cut."""
+        pairs = ((i, i) for i in range(count)) if self._same_when_dense else self.alike
+        return (pair for pair in pairs if max(pair) < count)
+
+    @cached_property
+    def _same_when_dense(self) -> bool:
+        return self.dense[0] == self.dense[1]
+
+    @cached_property
+    def _dense_nodes(self) -> list[int]:
+        return [node for node, _ in self.expected(DENSE)[0]]
 
     @cached_property
     def dense(self) -> tuple[Calls, Calls]:
         """What program and forward call when nothing is cut."""
-        return self.expected(DENSE)[0], self.forward(DENSE)[0]
+        return [call for _, call in self.expected(DENSE)[0]], self.forward(DENSE)[0]
 
     @cached_property
     def alike(self) -> list[tuple[int, int]]:
@@ -110,27 +150,33 @@ class _Stand:
         blocks = SequenceMatcher(None, *self.dense, autojunk=False).get_matching_blocks()
         return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
 
-    def expected(self, selection: Selection) -> tuple[Calls, str]:
-        """What the program calls on a cut, and why it fails, or ""."""
+    def expected(self, selection: Selection) -> tuple[list[tuple[int, Call]], str]:
+        """What the program calls on a cut, each with its node, and why it fails, or ""."""
         bound = bind(self.program, selection, self.tensors.__getitem__)
-        return self.record(lambda: bound.run(tuple(tree_leaves(self.args))))
+        counts: list[int] = []
+        recorder = _Recorder()
+        watch = {n.index: lambda _: counts.append(len(recorder.calls)) for n in self.program.nodes}
+        calls, problem = self.record(lambda: bound.run(tuple(tree_leaves(self.args)), watch), recorder)
+        nodes = [bisect_right(counts, k) for k in range(len(calls))]
+        return list(zip(nodes, calls, strict=True)), problem
 
     def forward(self, selection: Selection) -> tuple[Calls, str]:
         """What the user's forward calls on a cut, and why it fails, or ""."""
         try:
-            module = cut(self.program, selection, self.tensors.__getitem__)
+            # The program's tensors want no gradients either; torch decomposes a product by whether they do.
+            module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
         except Exception as error:
-            return [], f"it cannot be cut: {_line(error)}"
-        said, problem = self.record(lambda: module(*self.args))
+            return [], f"it cannot be cut: {first_line(error)}"
+        said, problem = self.record(lambda: module(*self.args), _Recorder())
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Calls, str]:
+    def record(self, run: Callable[[], Any], recorder: _Recorder) -> tuple[Calls, str]:
         """What is called, and the error that ended it, or ""."""
-        with torch.no_grad(), self.inside(), _Recorder() as recorder:
+        with torch.no_grad(), self.inside(), recorder:
             try:
                 run()
             except Exception as error:
-                return recorder.calls, _line(error)
+                return recorder.calls, f"{first_line(error)}{in_words(user_line(error))}"
         return recorder.calls, ""
 
 
@@ -142,22 +188,24 @@ def unprovable(program: Program) -> dict[int, str]:
     layers = program.structure.layers
     free = [k for k, layer in enumerate(layers) if not layer.pinned and layer.channels > 1]
 
-    def search(stand: _Stand) -> dict[int, str]:
-        return _search(free, lambda some: _first_reason(stand, _cuts(program, some)))
+    def reason(stand: Stand, some: list[int]) -> str:
+        failure = first_failure(stand, trial_cuts(program, some))
+        return failure.reason if failure is not None else ""
 
-    bad = _try(program, search) if free else {}
+    bad = attempt(program, lambda stand: _search(free, lambda some: reason(stand, some))) if free else {}
     return {label: reason for k, reason in bad.items() for label in layers[k].labels.tolist()}
 
 
 def refusal(program: Program, selection: Selection) -> str:
     """Why the user's forward does not follow this one cut, or ""."""
-    return _try(program, lambda stand: stand.mismatch(selection)) if selection.kept else ""
+    failure = attempt(program, lambda stand: stand.mismatch(selection)) if selection.kept else None
+    return failure.reason if failure is not None else ""
 
 
 T = TypeVar("T")
 
 
-def _try(program: Program, check: Callable[[_Stand], T]) -> T:
+def attempt(program: Program, check: Callable[[Stand], T]) -> T:
     """A check on meta tensors, which are quick; on fake ones where forward makes tensors on a device it names."""
     with _stand(program, fake=False) as stand:
         found = check(stand)
@@ -167,8 +215,9 @@ def _try(program: Program, check: Callable[[_Stand], T]) -> T:
         return check(stand)
 
 
-def _first_reason(stand: _Stand, selections: list[Selection]) -> str:
-    return next((found for s in selections if (found := stand.mismatch(s))), "")
+def first_failure(stand: Stand, selections: list[Selection]) -> Failure | None:
+    """The first of several cuts on which forward and program differ, if any."""
+    return next((found for s in selections if (found := stand.mismatch(s)) is not None), None)
 
 
 def _search(free: list[int], check: Callable[[list[int]], str]) -> dict[int, str]:
@@ -191,7 +240,7 @@ def _search(free: list[int], check: Callable[[list[int]], str]) -> dict[int, str
     return bad
 
 
-def _cuts(program: Program, some: list[int]) -> list[Selection]:
+def trial_cuts(program: Program, some: list[int]) -> list[Selection]:
     """Cuts of some layers that, between them, no forward follows by chance.
 
     First every other channel of all of them; then every second layer down to a single channel, then the others:
@@ -207,7 +256,7 @@ def _cuts(program: Program, some: list[int]) -> list[Selection]:
 
 
 @contextmanager
-def _stand(program: Program, fake: bool) -> Iterator[_Stand]:
+def _stand(program: Program, fake: bool) -> Iterator[Stand]:
     """Tensors without data: fake ones, which know their device, or meta ones, which are quicker."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
 
@@ -219,9 +268,4 @@ def _stand(program: Program, fake: bool) -> Iterator[_Stand]:
     states = {name: empty(program.state(name)) for name in program.state_nodes}
     args = tuple(tree_map(empty, a) for a in program.example)
     with eval_mode(program.model), quiet():
-        yield _Stand(program, lambda: torch.device("meta") if mode is None else mode, states, args)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        yield Stand(program, lambda: torch.device("meta") if mode is None else mode, states, args)

@@ -29,6 +29,7 @@ RULES: dict[str, Rule] = _table(
         compute.transposed_convolution: "conv_transpose1d conv_transpose2d conv_transpose3d",
         compute.linear: "linear",
         compute.matmul: "matmul bmm mm",
+        compute.einsum: "einsum",
         compute.attention: "scaled_dot_product_attention",
         compute.norm_over_batch: "batch_norm instance_norm",
         compute.group_norm: "group_norm",
@@ -54,6 +55,7 @@ RULES: dict[str, Rule] = _table(
         shaping.flip: "flip",
         shaping.roll: "roll",
         shaping.expand: "expand broadcast_to expand_as",
+        shaping.repeat: "repeat tile",
         shaping.cat: "cat concat concatenate",
         shaping.stack: "stack",
         shaping.chunk: "chunk split split_with_sizes tensor_split",
@@ -61,6 +63,7 @@ RULES: dict[str, Rule] = _table(
         shaping.getitem: "getitem",
         shaping.take_slice: "slice",
         shaping.select: "select",
+        shaping.index: "index",
         shaping.constant_pad: "constant_pad_nd pad",
         shaping.creation: """
             zeros ones full empty arange scalar_tensor new_zeros new_ones

@@ -222,11 +222,20 @@ def _new_sizes(program: Program, node: Node, count: Callable[[Ids], int], name: 
     """A shape literal: entries that stand for removable dimensions follow what is kept."""
     dims = _dims(program, node.index)[skip:]
     old = node.args[name]
-    sizes = [
-        count(ids) if ids is not None and isinstance(size, int) and size != -1 else size
-        for ids, size in zip(dims, old, strict=False)
-    ]
-    return {name: [*sizes, *old[len(sizes) :]]}
+    assert node.shape is not None
+    counts = [count(ids) if ids is not None else n for ids, n in zip(dims, node.shape[skip:], strict=True)]
+    # A size that grows with the batch is worked out by the operator, which can do that for one only.
+    worked_out = [not isinstance(old[k], int) and n != node.shape[skip + k] for k, n in enumerate(counts[: len(old)])]
+    new: list[Any] = []
+    for k, size in enumerate(old):
+        left_open = size == -1 and (node.batched[skip + k] or not any(worked_out))
+        if worked_out[k]:
+            new.append(-1)
+        elif isinstance(size, int) and not left_open and (dims[k] is not None or size == -1):
+            new.append(counts[k])
+        else:
+            new.append(size)
+    return {name: new}
 
 
 def _view(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:

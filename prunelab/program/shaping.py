@@ -7,61 +7,108 @@ from itertools import pairwise
 import numpy as np
 
 from prunelab.program.context import Context, Value, unknown
-from prunelab.program.ids import FIXED, Ids, merge, split
+from prunelab.program.ids import FIXED, Dims, Ids, merge, split
 from prunelab.program.nodes import Node, Ref
+
+Group = tuple[list[int], list[int]]
+"""Dimensions before a reshape, and those that it makes of them."""
+Power = tuple[int, int]
+"""A size for one image, and the power of the batch that it is multiplied by."""
 
 
 def reshape(c: Context) -> Value:
     """View, flatten, unflatten: dimensions merge and split; ids follow their positions."""
     x, source = c.given("self"), c.source()
-    out: list[Ids | None] = []
-    reason = f"{c.node.opname} folds it together with another removable dimension"
+    out: list[Ids | None] = [None] * c.rank
     groups = regroup(source, c.node)
     if groups is None:
         return unknown(c)
-    for before, after in groups:
-        sizes = [c.result[k] for k in after]
-        if len(before) == 1 and len(after) == 1:
-            out.append(x[before[0]])
-        elif len(before) > 1 and any(source.batched[k] for k in before):
-            # Merging with the batch keeps ids only where the batch stays apart again; not followed.
-            for k in before:
+    for group in groups:
+        parts = [group] if _one_each(group) else _around_batch(c, x, *group)
+        for before, after in parts if parts is not None else ():
+            for k, ids in zip(after, _folded(c, x, before, after), strict=True):
+                out[k] = ids
+        if parts is None:
+            for k in group[0]:
                 c.ties.pin(x[k], f"{c.node.opname} folds it into the batch")
-            out += [None] * len(after)
-        else:
-            ids = merge([(c.shape("self")[k], x[k]) for k in before], c.ties, reason)
-            out += [ids] if len(after) == 1 else split(ids, sizes, c.axes.get(c.node.index), c.ties)
     return tuple(out)
 
 
-def regroup(source: Node, result: Node) -> list[tuple[list[int], list[int]]] | None:
+def _one_each(group: Group) -> bool:
+    return len(group[0]) == len(group[1]) == 1
+
+
+def _folded(c: Context, x: Dims, before: list[int], after: list[int]) -> list[Ids | None]:
+    """Ids of the dimensions that a reshape makes of some others."""
+    if _one_each((before, after)):
+        return [x[before[0]]]
+    reason = f"{c.node.opname} folds it together with another removable dimension"
+    ids = merge([(c.shape("self")[k], x[k]) for k in before], c.ties, reason)
+    if len(after) == 1:
+        return [ids]
+    axis = c.axes.get(c.node.index)
+    return split(ids, [c.result[k] for k in after], after.index(axis) if axis in after else None, c.ties)
+
+
+def _around_batch(c: Context, x: Dims, before: list[int], after: list[int]) -> list[Group] | None:
+    """The groups on either side of the batch, where it stays one factor between them; None where it does not.
+
+    A dimension that the batch is folded into may have it outermost, as heads have, or innermost; only in the first
+    case do ids for one image hold for several, repeated.
+    """
+    source = c.source()
+    batched = [[k for k in dims if node.batched[k]] for dims, node in ((before, source), (after, c.node))]
+    if not any(batched):
+        return [(before, after)]
+    if any(len(dims) != 1 for dims in batched):
+        return None
+    for outer_before, outer_after in ((True, True), (True, False), (False, True), (False, False)):
+        i = before.index(batched[0][0]) + (not outer_before)
+        j = after.index(batched[1][0]) + (not outer_after)
+        halves = [(before[:i], after[:j]), (before[i:], after[j:])]
+        if not outer_before and x[batched[0][0]] is not None:
+            continue
+        found = [_matched([(c.shape("self")[k], 0) for k in b], [(c.result[k], 0) for k in a], b, a) for b, a in halves]
+        if all(part is not None for part in found) and (outer_after or not _carries(x, halves[0][0])):
+            return [group for part in found if part is not None for group in part]
+    return None
+
+
+def _carries(x: Dims, dims: list[int]) -> bool:
+    return any(x[k] is not None for k in dims)
+
+
+def regroup(source: Node, result: Node) -> list[Group] | None:
     """Match dimensions before and after a reshape into the smallest groups of equal product.
 
     None where that cannot be told, as when several images become one.
     """
     a, b = _sizes(source), _sizes(result)
-    groups: list[tuple[list[int], list[int]]] = []
+    return _matched(a, b, list(range(len(a))), list(range(len(b))))
+
+
+def _matched(a: list[Power], b: list[Power], dims_a: list[int], dims_b: list[int]) -> list[Group] | None:
+    """Groups of the dimensions ``dims_a`` and ``dims_b``, whose sizes are ``a`` and ``b``."""
+    groups: list[Group] = []
     i = j = 0
     while i < len(a) or j < len(b):
-        before, after = ([i] if i < len(a) else []), ([j] if j < len(b) else [])
-        p, q = (a[i] if before else (1, 0)), (b[j] if after else (1, 0))
-        i, j = i + len(before), j + len(after)
+        start_a, start_b = i, j
+        p, q = (a[i] if i < len(a) else (1, 0)), (b[j] if j < len(b) else (1, 0))
+        i, j = min(i + 1, len(a)), min(j + 1, len(b))
         while p != q:
             if i >= len(a) and j >= len(b):
                 return None
             if ((p[1], p[0]) < (q[1], q[0]) and i < len(a)) or j >= len(b):
                 p = (p[0] * a[i][0], p[1] + a[i][1])
-                before.append(i)
                 i += 1
             else:
                 q = (q[0] * b[j][0], q[1] + b[j][1])
-                after.append(j)
                 j += 1
-        groups.append((before, after))
+        groups.append((dims_a[start_a:i], dims_b[start_b:j]))
     return groups
 
 
-def _sizes(node: Node) -> list[tuple[int, int]]:
+def _sizes(node: Node) -> list[Power]:
     """Size and power of the batch of every dimension: comparable although the batch has no size yet."""
     assert node.shape is not None
     return [(n, int(batched)) for n, batched in zip(node.shape, node.batched, strict=True)]
@@ -141,6 +188,16 @@ def expand(c: Context) -> Value:
         else:
             c.tie(out[k], ids)
     return tuple(out)
+
+
+def repeat(c: Context) -> Value:
+    """``x.repeat(1, 2)``: as many copies side by side."""
+    x, times = c.given("self"), list(c.node.args.get("repeats", c.node.args.get("dims")))
+    x = (*([None] * (c.rank - len(x))), *x)
+    times = [*([1] * (c.rank - len(times))), *times]
+    if not all(isinstance(n, int) for n, ids in zip(times, x, strict=True) if ids is not None):
+        return unknown(c)
+    return tuple(ids if ids is None or n == 1 else np.tile(ids, n) for n, ids in zip(times, x, strict=True))
 
 
 def cat(c: Context) -> Value:
@@ -229,6 +286,21 @@ def select(c: Context) -> Value:
     x, axis = c.given("self"), c.axis()
     c.ties.pin(x[axis], "your code picks it out by its number")
     return tuple(ids for k, ids in enumerate(x) if k != axis)
+
+
+def index(c: Context) -> Value:
+    """``x[table]``, ``x[:, table]``: dimensions that are looked up in are fixed, the others go along."""
+    x, tables = c.given("self"), c.node.args["indices"]
+    at = [k for k, table in enumerate(tables) if table is not None]
+    looked_up = [c.values[tables[k].index] for k in at]
+    if at != list(range(at[0], at[-1] + 1)) or any(c.nodes[tables[k].index].shape is None for k in at):
+        return unknown(c)
+    for dims in looked_up:
+        c.pin(dims if isinstance(dims, tuple) else None, "your code uses it to look up by number")
+    for k in at:
+        c.ties.pin(x[k], "your code picks it out by its number")
+    new = c.rank - (len(x) - len(at))
+    return (*x[: at[0]], *([None] * new), *x[at[-1] + 1 :])
 
 
 def constant_pad(c: Context) -> Value:

@@ -59,6 +59,18 @@ def _set_attributes(program: Program, selection: Selection, module: nn.Module) -
             if isinstance(part, kind):
                 _set(part, attributes(part))
     _set_bare_norms(program, selection, module)
+    _set_read_by_forward(program, selection, module)
+
+
+def _set_read_by_forward(program: Program, selection: Selection, module: nn.Module) -> None:
+    """Numbers that forward was found to read as sizes: ``hidden_dim``, ``num_heads``."""
+    gone, structure = removed_labels(program, selection), program.structure
+    parts = dict(module.named_modules())
+    for (path, attribute), (node, dim) in program.hints.attributes.items():
+        dims = structure.values[node]
+        index = kept_index(dims[dim], structure.label, gone) if isinstance(dims, tuple) else None
+        if index is not None:
+            _set(parts[path], {attribute: len(index)})
 
 
 def _set(part: nn.Module, attributes: Mapping[str, Any]) -> None:
@@ -100,6 +112,19 @@ def _normalized(norm: Any) -> dict[str, Any]:
     return {} if norm.weight is None else {"normalized_shape": tuple(norm.weight.shape)}
 
 
+def _attention_sizes(attention: nn.MultiheadAttention) -> dict[str, int]:
+    """A head keeps its width; how many there are follows from what they give together."""
+    width = attention.out_proj.weight.shape[1]
+    if attention.in_proj_weight is not None:
+        inputs = keys = values = attention.in_proj_weight.shape[1]
+    else:
+        inputs, keys, values = (
+            w.shape[1] for w in (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        )
+    heads = width // attention.head_dim
+    return {"embed_dim": inputs, "kdim": keys, "vdim": values, "num_heads": heads}
+
+
 _BARE = {
     "batch_norm": "num_features",
     "instance_norm": "num_features",
@@ -115,5 +140,6 @@ _ATTRIBUTES: Mapping[Any, Callable[[Any], dict[str, Any]]] = {
     nn.LayerNorm: _normalized,
     nn.RMSNorm: _normalized,
     nn.Embedding: lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]},
+    nn.MultiheadAttention: _attention_sizes,
     nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
         except Exception as error:
             _refuse_unfit(model, args)
             raise PruneLabError(
-                f"{type(model).__name__} cannot be traced: {_first_line(error)}{_user_line(error)}"
+                f"{type(model).__name__} cannot be traced: {first_line(error)}{in_words(user_line(error))}"
             ) from error
 
 
@@ -86,25 +87,32 @@ def _refuse_unfit(model: nn.Module, args: tuple[Any, ...]) -> None:
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
         raise PruneLabError(
-            f"{type(model).__name__} cannot run on an example input of shape {shapes}: {_first_line(error)}"
+            f"{type(model).__name__} cannot run on an example input of shape {shapes}: {first_line(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _user_line(error: Exception) -> str:
-    """The innermost line of code outside torch in the traceback, in words."""
+def user_line(error: Exception) -> str:
+    """The innermost line of code outside torch in the traceback, as ``file:line``, or ""."""
     found = ""
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         if "/torch/" not in name and "/prunelab/program/" not in name:
-            found = f" (in {name}, line {trace.tb_lineno})"
+            found = f"{name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
+
+
+def in_words(source: str) -> str:
+    """A place ``file:line`` of the user's code as the end of a sentence."""
+    path, _, line = source.rpartition(":")
+    return f" (line {line} of {Path(path).name})" if path else ""
 
 
 def constants(exported: ExportedProgram) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,9 +77,17 @@ def parameters(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of a batch, as PyTorch counts them while it runs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+    """FLOPs of a batch, as PyTorch counts them while it runs.
+
+    Attention runs unfused meanwhile: PyTorch's counter sees nothing of its fused kernels on a CPU.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
 
 
