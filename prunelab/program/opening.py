@@ -18,7 +18,7 @@ from torch import nn
 from prunelab.program.attention import Attention, attentions
 from prunelab.program.hints import Hints, Place
 from prunelab.program.nodes import Node
-from prunelab.program.proof import Failure, attempt, first_failure, trial_cuts, unprovable
+from prunelab.program.proof import Failure, Stand, attempt, first_failure, free_layers, unprovable
 from prunelab.program.rules import RULES
 from prunelab.program.shaping import reshape
 
@@ -40,53 +40,56 @@ def opened(build: Build, nodes: tuple[Node, ...]) -> Program:
     """
     heads = attentions(nodes)
     program = build(Hints(axes={node: axis for place in heads for node, axis in place.splits.items()}))
+    return attempt(program, lambda stand: _opened(build, heads, stand)) or program
+
+
+def _opened(build: Build, heads: tuple[Attention, ...], stand: Stand) -> Program | None:
+    """The program opened, or None where there was nothing to do."""
+    start = stand
     for _ in range(_ROUNDS):
-        failure = _failure(program)
+        failure = _failure(stand)
         if failure is None:
-            return program
-        if failure.node is None:
-            break
-        better = _explained(build, program, heads, failure.node)
+            return stand.program if stand is not start else None
+        better = _explained(build, heads, stand, failure) or _without(build, stand, failure)
         if better is None:
-            better = _without(build, program, failure)
-            if better is None:
-                break
-        program = better
-    pins = unprovable(program)
-    return build(program.hints.pinning(pins)) if pins else program
+            break
+        stand = better
+    pins = unprovable(stand)
+    return build(stand.program.hints.pinning(pins)) if pins else stand.program
 
 
-def _failure(program: Program) -> Failure | None:
+def _failure(stand: Stand) -> Failure | None:
     """Where forward first leaves the program when all free layers are cut."""
-    free = [k for k, layer in enumerate(program.structure.layers) if not layer.pinned and layer.channels > 1]
-    if not free:
+    return first_failure(stand, free_layers(stand.program))
+
+
+def _gets_further(stand: Stand, failure: Failure) -> bool:
+    """Whether forward follows a program beyond where it failed before."""
+    after = _failure(stand)
+    return after is None or (after.node is not None and failure.node is not None and after.node > failure.node)
+
+
+def _explained(build: Build, heads: tuple[Attention, ...], stand: Stand, failure: Failure) -> Stand | None:
+    """The program under the first explanation with which forward follows further."""
+    if failure.node is None:
         return None
-    return attempt(program, lambda stand: first_failure(stand, trial_cuts(program, free)))
+    tried = (h for h in _explanations(stand.program, heads, failure.node) if h != stand.program.hints)
+    candidates = (stand.on(build(hints)) for hints in tried)
+    return next((candidate for candidate in candidates if _gets_further(candidate, failure)), None)
 
 
-def _explained(build: Build, program: Program, heads: tuple[Attention, ...], at: int) -> Program | None:
-    """The program under the first explanation with which forward follows beyond a node."""
-    for hints in _explanations(program, heads, at):
-        if hints == program.hints:
-            continue
-        candidate = build(hints)
-        failure = _failure(candidate)
-        if failure is None or (failure.node is not None and failure.node > at):
-            return candidate
-    return None
-
-
-def _without(build: Build, program: Program, failure: Failure) -> Program | None:
+def _without(build: Build, stand: Stand, failure: Failure) -> Stand | None:
     """The program with the channels of the failing line pinned, where that gets it further."""
-    assert failure.node is not None
+    if failure.node is None:
+        return None
+    nodes, structure = stand.program.nodes, stand.program.structure
     pins: dict[int, str] = {}
-    for node in _same_line(program.nodes, failure.node):
-        value = program.structure.values[node.index]
+    for node in _same_line(nodes, failure.node):
+        value = structure.values[node.index]
         for ids in value if isinstance(value, tuple) else ():
-            pins.update(dict.fromkeys(program.structure.label[ids].tolist() if ids is not None else (), failure.reason))
-    candidate = build(program.hints.pinning(pins))
-    after = _failure(candidate)
-    return candidate if after is None or (after.node is not None and after.node > failure.node) else None
+            pins.update(dict.fromkeys(structure.label[ids].tolist() if ids is not None else (), failure.reason))
+    candidate = stand.on(build(stand.program.hints.pinning(pins)))
+    return candidate if _gets_further(candidate, failure) else None
 
 
 def _same_line(nodes: tuple[Node, ...], at: int) -> list[Node]:

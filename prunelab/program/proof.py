@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -95,13 +95,22 @@ class Stand:
     tensors: dict[str, Tensor]
     args: tuple[Any, ...]
 
+    def on(self, program: Program) -> Stand:
+        """The same for a program of the same nodes: what is known of the uncut network is not run again."""
+        other = replace(self, program=program)
+        for name in {"_dense", "_same_when_dense", "alike"} & vars(self).keys():
+            vars(other)[name] = vars(self)[name]
+        return other
+
     def mismatch(self, selection: Selection) -> Failure | None:
         """Why forward and program differ on a cut, or None where they agree."""
         said, error = self.forward(selection)
         expected, problem = self.expected(selection)
         if problem and not error:
             return Failure(f"the cut network cannot be run: {problem}", None)
-        other_path = not self._same_when_dense and (len(expected), len(said)) != tuple(map(len, self.dense))
+        if not error and said == [call for _, call in expected]:
+            return None
+        other_path = not self._same_when_dense and [len(expected), len(said)] != [len(calls) for calls in self._dense]
         if other_path and not error:
             return Failure("your forward takes another path when it is cut", None)
         for i, j in self._pairs(min(len(expected), len(said))):
@@ -121,7 +130,7 @@ class Stand:
         """The node that makes the call which forward did not come to make."""
         if self._same_when_dense:
             return expected[position][0] if position < len(expected) else None
-        return next((self._dense_nodes[i] for i, j in self.alike if j >= position), None)
+        return next((self._dense[0][i][0] for i, j in self.alike if j >= position), None)
 
     def _pairs(self, count: int) -> Iterable[tuple[int, int]]:
         """Places of the calls, among the first so many, that stand for each other on a cut."""
@@ -130,16 +139,12 @@ class Stand:
 
     @cached_property
     def _same_when_dense(self) -> bool:
-        return self.dense[0] == self.dense[1]
+        return [call for _, call in self._dense[0]] == self._dense[1]
 
     @cached_property
-    def _dense_nodes(self) -> list[int]:
-        return [node for node, _ in self.expected(DENSE)[0]]
-
-    @cached_property
-    def dense(self) -> tuple[Calls, Calls]:
-        """What program and forward call when nothing is cut."""
-        return [call for _, call in self.expected(DENSE)[0]], self.forward(DENSE)[0]
+    def _dense(self) -> tuple[list[tuple[int, Call]], Calls]:
+        """What program (with its nodes) and forward call when nothing is cut."""
+        return self.expected(DENSE)[0], self.forward(DENSE)[0]
 
     @cached_property
     def alike(self) -> list[tuple[int, int]]:
@@ -147,7 +152,8 @@ class Stand:
 
         They are not always all: a forward that counts its calls in a buffer does more than the program.
         """
-        blocks = SequenceMatcher(None, *self.dense, autojunk=False).get_matching_blocks()
+        ours, said = self._dense
+        blocks = SequenceMatcher(None, [call for _, call in ours], said, autojunk=False).get_matching_blocks()
         return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
 
     def expected(self, selection: Selection) -> tuple[list[tuple[int, Call]], str]:
@@ -180,19 +186,24 @@ class Stand:
         return recorder.calls, ""
 
 
-def unprovable(program: Program) -> dict[int, str]:
+def free_layers(program: Program) -> list[int]:
+    """Places of the layers of which something can be removed."""
+    layers = program.structure.layers
+    return [k for k, layer in enumerate(layers) if not layer.pinned and layer.channels > 1]
+
+
+def unprovable(stand: Stand) -> dict[int, str]:
     """Classes of layers whose cut the user's forward does not follow, each with the reason, by label.
 
     All free layers are cut at once first; only when that fails are they searched, by halves.
     """
-    layers = program.structure.layers
-    free = [k for k, layer in enumerate(layers) if not layer.pinned and layer.channels > 1]
 
-    def reason(stand: Stand, some: list[int]) -> str:
-        failure = first_failure(stand, trial_cuts(program, some))
+    def reason(some: list[int]) -> str:
+        failure = first_failure(stand, some)
         return failure.reason if failure is not None else ""
 
-    bad = attempt(program, lambda stand: _search(free, lambda some: reason(stand, some))) if free else {}
+    bad = _search(free_layers(stand.program), reason)
+    layers = stand.program.structure.layers
     return {label: reason for k, reason in bad.items() for label in layers[k].labels.tolist()}
 
 
@@ -206,18 +217,20 @@ T = TypeVar("T")
 
 
 def attempt(program: Program, check: Callable[[Stand], T]) -> T:
-    """A check on meta tensors, which are quick; on fake ones where forward makes tensors on a device it names."""
+    """A check on tensors without data that the uncut forward runs on."""
     with _stand(program, fake=False) as stand:
         found = check(stand)
         if not found or not stand.forward(DENSE)[1]:
             return found
+    # It makes tensors on a device that it names.
     with _stand(program, fake=True) as stand:
         return check(stand)
 
 
-def first_failure(stand: Stand, selections: list[Selection]) -> Failure | None:
-    """The first of several cuts on which forward and program differ, if any."""
-    return next((found for s in selections if (found := stand.mismatch(s)) is not None), None)
+def first_failure(stand: Stand, some: list[int]) -> Failure | None:
+    """Where forward first leaves the program when some layers are cut, if it does."""
+    cuts = trial_cuts(stand.program, some)
+    return next((found for s in cuts if (found := stand.mismatch(s)) is not None), None)
 
 
 def _search(free: list[int], check: Callable[[list[int]], str]) -> dict[int, str]:
