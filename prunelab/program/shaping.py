@@ -189,7 +189,7 @@ def chunk(c: Context) -> Value:
         return [x for _ in c.node.shapes]
     sizes = [shape[axis] for shape in c.node.shapes]
     pieces = [ids[a:b] for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 and "indices" not in c.node.args:
         for piece in pieces[1:]:
             c.tie(pieces[0], piece)
     else:
@@ -222,6 +222,56 @@ def take_slice(c: Context) -> Value:
     if step not in (None, 1):
         c.ties.pin(ids, "your code takes every n-th of its channels")
     return tuple(ids[slice(start, end, step)] if k == axis else v for k, v in enumerate(x))
+
+
+def narrow(c: Context) -> Value:
+    """``x.narrow(dim, start, length)``: a slice."""
+    x, axis, (start, length) = c.given("self"), c.axis(), (c.node.args[k] for k in ("start", "length"))
+    ids = x[axis]
+    if ids is None:
+        return x
+    if not (isinstance(start, int) and isinstance(length, int)):
+        return unknown(c)
+    start %= len(ids)
+    return tuple(ids[start : start + length] if k == axis else other for k, other in enumerate(x))
+
+
+def index_select(c: Context) -> Value:
+    """Positions of one dimension, picked out by their numbers."""
+    x, axis = c.given("self"), c.axis()
+    c.ties.pin(x[axis], "your code picks it out by its number")
+    c.pin(c.dims("index"), "it says which positions your code picks out")
+    return tuple(None if k == axis else ids for k, ids in enumerate(x))
+
+
+def gather(c: Context) -> Value:
+    """Positions of one dimension, picked out by other numbers for every place."""
+    x, index, axis = c.given("self"), c.given("index"), c.axis()
+    c.ties.pin(x[axis], "your code picks it out by its number")
+    for k, (a, b) in enumerate(zip(x, index, strict=True)):
+        if k != axis:
+            c.tie(a, b)
+    return tuple(ids if k != axis else index[k] for k, ids in enumerate(x))
+
+
+def repeat(c: Context) -> Value:
+    """``repeat`` and ``tile``: what stands there several times goes together."""
+    x = c.given("self")
+    times = c.node.args.get("repeats", c.node.args.get("dims"))
+    lead = (None,) * (c.rank - len(x))
+    given = [*([1] * (c.rank - len(times))), *times][len(lead) :]
+    if any(ids is not None and not isinstance(n, int) for ids, n in zip(x, given, strict=True)):
+        return unknown(c)
+    return (*lead, *(np.tile(ids, n) if ids is not None else None for ids, n in zip(x, given, strict=True)))
+
+
+def repeat_interleave(c: Context) -> Value:
+    """Every position of one dimension several times in a row."""
+    x, times, dim = c.given("self"), c.node.args["repeats"], c.node.args.get("dim")
+    if not isinstance(times, int) or dim is None:
+        return unknown(c)
+    axis = c.axis()
+    return tuple(np.repeat(ids, times) if ids is not None and k == axis else ids for k, ids in enumerate(x))
 
 
 def select(c: Context) -> Value:
