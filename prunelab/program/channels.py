@@ -293,7 +293,7 @@ def _names(producers: list[list[tuple[str, int]]]) -> list[str]:
     names = []
     for makers in producers:
         modules = list(dict.fromkeys(module_of(state) for state, _ in makers))
-        names.append(modules[0] if len(modules) == 1 else f"{_stage(makers)} stream")
+        names.append(modules[0] if len(modules) == 1 else f"{_stage(makers)} stream".strip())
     counts = Counter(names)
     seen: Counter[str] = Counter()
     unique = []

@@ -7,7 +7,7 @@ does. Layers for which it does not are pinned, with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.program.guard import eval_mode, quiet
+from prunelab.program.lines import line_of, running_line
 from prunelab.program.run import bind
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.surgery import cut
@@ -42,12 +43,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: Calls = []
+        self.lines: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         call = _call(func, args, kwargs or {}, result)
         if call is not None:
             self.calls.append(call)
+            self.lines.append(running_line())
         return result
 
 
@@ -81,20 +84,20 @@ class _Stand:
 
     def mismatch(self, selection: Selection) -> str:
         """Why forward and program differ on a cut, or ""."""
-        said, error = self.forward(selection)
-        if error:
-            return error
+        said, failed = self.forward(selection)
         expected, error = self.expected(selection)
         if error:
             return f"the cut network cannot be run: {error}"
-        if expected == said:
+        if expected == said and not failed:
             return ""
-        if len(expected) != len(self.dense[0]) or len(said) != len(self.dense[1]):
-            return "your forward takes another path when it is cut"
-        for ours, theirs in ((expected[i], said[j]) for i, j in self.alike):
-            if ours != theirs:
-                return f"your forward does not follow the cut at {theirs[0]}: it would read {theirs[1]}, not {ours[1]}"
-        return ""
+        same_path = len(expected) == len(self.dense[0]) and len(said) == len(self.dense[1])
+        # What goes wrong first is the cause, also where forward fails only later.
+        for i, j in self.alike if same_path or failed else ():
+            if i < len(expected) and j < len(said) and expected[i] != said[j]:
+                name, read = said[j]
+                where = f"{name}{self.line(selection, j)}"
+                return f"your forward does not follow the cut at {where}: it would read {read}, not {expected[i][1]}"
+        return failed or ("" if same_path else "your forward takes another path when it is cut")
 
     @cached_property
     def dense(self) -> tuple[Calls, Calls]:
@@ -124,13 +127,20 @@ class _Stand:
         said, problem = self.record(lambda: module(*self.args))
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
+    def line(self, selection: Selection, at: int) -> str:
+        """Where in the user's code the forward of a cut makes one of its calls."""
+        module = cut(self.program, selection, self.tensors.__getitem__)
+        with torch.no_grad(), self.inside(), _Recorder() as recorder, suppress(Exception):
+            module(*self.args)
+        return str(recorder.lines[at])
+
     def record(self, run: Callable[[], Any]) -> tuple[Calls, str]:
         """What is called, and the error that ended it, or ""."""
         with torch.no_grad(), self.inside(), _Recorder() as recorder:
             try:
                 run()
             except Exception as error:
-                return recorder.calls, _line(error)
+                return recorder.calls, f"{_line(error)}{line_of(error)}"
         return recorder.calls, ""
 
 

@@ -95,6 +95,8 @@ def permute(c: Context) -> Value:
     elif len(args) == 3:
         i, j = (int(args[k]) % len(x) for k in list(args)[1:])
         order[i], order[j] = order[j], order[i]
+    elif c.node.opname in ("mT", "mH", "adjoint"):
+        order[-2:] = order[-1], order[-2]
     else:
         order.reverse()
     return tuple(x[d] for d in order)
@@ -145,6 +147,17 @@ def expand(c: Context) -> Value:
 
 def cat(c: Context) -> Value:
     """Concatenation: ids follow along the dimension, and meet elementwise in all others."""
+    return _concatenation(c, int(c.node.args.get("dim", 0)) % c.rank)
+
+
+def named_stack(c: Context) -> Value:
+    """``vstack``, ``hstack`` and ``dstack``: concatenation along the first, second or third dimension."""
+    axis = ("vstack", "hstack", "dstack").index(c.node.opname)
+    ranks = [len(c.nodes[r.index].shape or ()) for r in c.node.args["tensors"]]
+    return _concatenation(c, axis) if min(ranks) > max(axis, 1) else unknown(c)
+
+
+def _concatenation(c: Context, axis: int) -> Value:
     parts = [
         (dims, shape)
         for r in c.node.args["tensors"]
@@ -153,7 +166,6 @@ def cat(c: Context) -> Value:
         and (shape := c.nodes[r.index].shape) is not None
         and len(shape) == c.rank  # an empty tensor of one dimension may stand among the parts
     ]
-    axis = int(c.node.args.get("dim", 0)) % c.rank
     out: list[Ids | None] = []
     for k in range(c.rank):
         if k == axis:
