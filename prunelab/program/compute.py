@@ -253,14 +253,17 @@ def norm_over_batch(c: Context) -> Value:
 
 
 def group_norm(c: Context) -> Value:
-    """Groups stay, and each keeps the same number of channels; its statistics then cover the survivors."""
+    """Groups stay, and each keeps the same number of channels; its statistics then cover the survivors.
+
+    Where every channel is a group, groups go.
+    """
     x = c.given("input")
     for name in ("weight", "bias"):
         slots = c.dims(name)
         if slots is not None:
             c.tie(x[1], slots[0])
     groups = int(c.node.args["num_groups"])
-    if x[1] is not None and groups > 1:
+    if x[1] is not None and 1 < groups < len(x[1]):
         grid = x[1].reshape(groups, -1)
         for g in range(1, groups):
             c.tie(grid[0], grid[g])

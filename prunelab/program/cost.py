@@ -192,7 +192,11 @@ def _macs(node: Node, nodes: tuple[Node, ...], structure: Structure, size: Any) 
 
 
 def _einsum_macs(letters: list[str], result: str, sizes: list[list[Size]], module: str) -> list[Term]:
-    """An einsum of two operands is one batched matrix product; without anything to sum over it only multiplies."""
+    """An einsum of two operands is one batched matrix product; without anything to sum over it only multiplies.
+
+    Where a cut leaves a single channel to sum over, torch multiplies too, and its counter counts nothing: that is
+    not followed.
+    """
     left, right = (dict(zip(own, given, strict=True)) for own, given in zip(letters, sizes, strict=True))
     summed = [x for x in left if x in right and x not in result and left[x] != Size(1)]
     taken = {**right, **{x: left[x] for x in left if left[x] != Size(1) or x not in right}}
@@ -212,6 +216,10 @@ _COUNTED = {
     "gru",
     "rnn_tanh",
     "rnn_relu",
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
+    "rnn_relu_cell",
 }
 
 

@@ -48,8 +48,11 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 def _set_attributes(program: Program, selection: Selection, module: nn.Module) -> None:
     """``out_channels``, ``num_features``, ``groups`` and their kin follow the tensors they describe."""
     groups: dict[str, int] = {}
-    for args in rebound_args(program, selection).values():
+    for at, args in rebound_args(program, selection).items():
         weight = args.get("weight")
+        norm = module.get_submodule(program.nodes[at].module) if "num_groups" in args else None
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = args["num_groups"]
         if "groups" in args and isinstance(weight, Ref):
             groups[program.nodes[weight.index].target.rpartition(".")[0]] = args["groups"]
     for name, part in module.named_modules():
