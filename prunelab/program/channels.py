@@ -201,19 +201,27 @@ def _calls(
     """
     place_of = {int(i): place for place, ids in places.items() for i in ids[:1]}
     starts = np.array(sorted(place_of), np.int64)
-    fixed = _from_states(nodes)
+    origins = _origins(nodes)
     found: dict[tuple[str, int], list[int]] = {}
     for node in nodes:
-        for argument, dim in _weights(node, nodes):
-            dims = values[argument] if fixed[argument] else None
-            ids = dims[dim] if isinstance(dims, tuple) and len(dims) > 1 else None
-            held = ids[ids != FIXED] if ids is not None else np.empty(0, np.int64)
-            for start in np.unique(starts[np.searchsorted(starts, held, "right") - 1]).tolist():
-                found.setdefault(place_of[start], []).append(node.index)
+        for argument, dim in _weights(node):
+            dims, shape = values[argument], nodes[argument].shape
+            if not origins[argument] or shape is None or len(shape) < 2 or not isinstance(dims, tuple):
+                continue
+            ids = dims[dim]
+            if ids is not None:
+                held = ids[ids != FIXED]
+                made = [place_of[i] for i in np.unique(starts[np.searchsorted(starts, held, "right") - 1]).tolist()]
+            else:
+                # Computed in a way that is not followed: still a row, which then says so.
+                alike = [nodes[i].target for i in sorted(origins[argument]) if nodes[i].shape == shape]
+                made = [place for state in alike if (place := (state, dim % len(shape))) in places]
+            for place in made:
+                found.setdefault(place, []).append(node.index)
     return found
 
 
-def _weights(node: Node, nodes: tuple[Node, ...]) -> list[tuple[int, int]]:
+def _weights(node: Node) -> list[tuple[int, int]]:
     """The arguments of an operator that make channels if they are weights, each with the dimension that does."""
     if node.opname in RECURRENT:
         # One row for each: the hidden units that its first layer's state has.
@@ -224,11 +232,13 @@ def _weights(node: Node, nodes: tuple[Node, ...]) -> list[tuple[int, int]]:
     return [(ref.index, dim) for name, dim in arguments if isinstance(ref := node.args.get(name), Ref)]
 
 
-def _from_states(nodes: tuple[Node, ...]) -> list[bool]:
-    """For every node, whether its value is that of a weight or computed from weights alone."""
-    found: list[bool] = []
+def _origins(nodes: tuple[Node, ...]) -> list[frozenset[int]]:
+    """For every node, the weights that its value is computed from; empty where an input has a part in it."""
+    found: list[frozenset[int]] = []
     for node in nodes:
-        found.append(node.kind == "state" or (bool(node.inputs) and all(found[i] for i in node.inputs)))
+        parts = [found[i] for i in node.inputs]
+        joined = frozenset[int]().union(*parts) if all(parts) else frozenset[int]()
+        found.append(frozenset([node.index]) if node.kind == "state" else joined)
     return found
 
 

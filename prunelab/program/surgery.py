@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunelab.program.nodes import Ref
 from prunelab.program.run import kept_index, rebound_args, removed_labels, slice_states
@@ -31,6 +32,11 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
     for name, old in {**program.constants, **state_tensors(model)}.items():
         if name in sliced:
             memo[id(old)] = _like(old, sliced[name])
+    for part in model.modules():
+        for held in tree_leaves(list(vars(part).values())):
+            if isinstance(held, Tensor) and not held.is_leaf:
+                # A value that forward or a hook has left there; torch copies none that has a gradient's history.
+                memo[id(held)] = held.detach().clone()
     module = copy.deepcopy(model, memo)
     _set_attributes(program, selection, module)
     return module

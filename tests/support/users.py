@@ -98,7 +98,9 @@ def selections(program: pl.Program, least: int = 1) -> list[pl.Selection]:
     """Random halves, every layer down to one channel (or ``least``), and single layers alone."""
     chance = random.Random(0)
     pruned = [layer for layer in program.layers if not layer.pinned and layer.channels > 1]
-    halves = [half_of_everything(program, seed) for seed in range(3)]
+    # Weight norm divides by the length of a direction, which a mask may leave with nothing.
+    mask = not any(node.opname == "_weight_norm" for node in program.nodes)
+    halves = [half_of_everything(program, seed, mask) for seed in range(3)]
 
     def some(layer: Layer) -> tuple[int, ...]:
         return tuple(sorted(chance.sample(range(layer.channels), min(least, layer.channels))))
