@@ -10,17 +10,22 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
+from prunelab.program.compute import RECURRENT, einsum_weights
 from prunelab.program.context import Context, Value
 from prunelab.program.hints import Hints
 from prunelab.program.ids import FIXED, Dims, Ids, Ties
 from prunelab.program.nodes import Node, Ref
 from prunelab.program.rules import apply
 
-# Weights whose dimension (second) makes channels; everything else follows them.
-_PRODUCERS = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("weight", 0)),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", 1)),
-    "embedding": ("weight", 1),
+# Arguments (first) whose dimension (second) makes channels where they are weights; everything else follows them.
+_PRODUCERS: Mapping[str, tuple[tuple[str, int], ...]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear", "bilinear"), (("weight", 0),)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (("weight", 1),)),
+    **dict.fromkeys(("embedding", "embedding_bag"), (("weight", 1),)),
+    "matmul": (("self", -2), ("other", -1)),
+    **dict.fromkeys(("mm", "bmm"), (("self", -2), ("mat2", -1))),
+    "addmm": (("mat2", -1),),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), (("w_hh", 1),)),
 }
 OUTPUT = "its outputs are the network's outputs"
 
@@ -91,8 +96,9 @@ class Structure:
 
 
 def module_of(state: str) -> str:
-    """Path of the module that holds a parameter."""
-    return state.rpartition(".")[0] or state
+    """Path of the module that a parameter belongs to, also where a parametrization holds it."""
+    path, held, _ = state.partition(".parametrizations.")
+    return path if held else state.rpartition(".")[0] or state
 
 
 def find(
@@ -152,19 +158,19 @@ def _layers(
 ) -> list[Layer]:
     """One layer for all classes that are alike and share the reason for a pin."""
     places = {(s, dim): ids for s, dims in slots.items() for dim, ids in enumerate(dims) if ids is not None}
-    producers = _producers(nodes)
+    calls = _calls(nodes, values, places)
+    producers = {place: made[0] for place, made in calls.items()}
     first: dict[int, int] = {}
     for place in producers:
-        if place in places:
-            made, at = np.unique(label[places[place]], return_index=True)
-            first = dict(zip(made.tolist(), at.tolist(), strict=True)) | first
+        made, at = np.unique(label[places[place]], return_index=True)
+        first = dict(zip(made.tolist(), at.tolist(), strict=True)) | first
     alike = _alike(values, label)
     groups: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
     for root, position in first.items():
         groups[int(alike[root]), reasons.get(root, "")].append((position, root))
     found = [(np.array([root for _, root in sorted(g)], np.int64), reason) for (_, reason), g in groups.items()]
     occupied = _occupied(places, label, {int(roots[0]) for roots, _ in found})
-    filters = _depthwise(nodes)
+    filters = _depthwise(nodes, calls)
     rows = []
     for roots, reason in found:
         at_places = occupied[int(roots[0])]
@@ -175,39 +181,82 @@ def _layers(
         rows.append((makers, slot_list, roots, reason))
     rows.sort(key=lambda row: (producers[row[0][0]], row[2][0]))
     names = _names([makers for makers, *_ in rows])
-    calls, users = _calls(nodes), _users(nodes)
+    users = _users(nodes)
     return [
         Layer(
             name=name,
-            kind=_kind(nodes, makers),
+            kind=_kind(nodes, [i for maker in makers[:2] for i in calls[maker][:1]]),
             channels=len(roots),
             producers=tuple(makers),
             slots=slot_list,
             labels=roots,
             pinned=reason,
             stage=_stage(makers),
-            sites=_sites(nodes, values, [i for state, _ in makers for i in calls[state]], users, label, roots),
+            sites=_sites(nodes, values, [i for maker in makers for i in calls[maker]], users, label, roots),
         )
         for name, (makers, slot_list, roots, reason) in zip(names, rows, strict=True)
     ]
 
 
-def _producers(nodes: tuple[Node, ...]) -> dict[tuple[str, int], int]:
-    """``(state, dimension)`` of every weight that makes channels, and its place in the order of execution."""
-    found: dict[tuple[str, int], int] = {}
+def _calls(
+    nodes: tuple[Node, ...], values: list[Value], places: Mapping[tuple[str, int], Ids]
+) -> dict[tuple[str, int], list[int]]:
+    """``(state, dimension)`` of every weight that makes channels, and the nodes that make them, in order.
+
+    A weight may be computed from others (a norm on weights, a transpose): its ids tell from which.
+    """
+    place_of = {int(i): place for place, ids in places.items() for i in ids[:1]}
+    starts = np.array(sorted(place_of), np.int64)
+    origins = _origins(nodes)
+    found: dict[tuple[str, int], list[int]] = {}
     for node in nodes:
-        name, dim = _PRODUCERS.get(node.opname, ("", 0))
-        weight = node.args.get(name)
-        if isinstance(weight, Ref) and nodes[weight.index].kind == "state":
-            found.setdefault((nodes[weight.index].target, dim), node.index)
+        for argument, dim in _weights(node):
+            dims, shape = values[argument], nodes[argument].shape
+            if not origins[argument] or shape is None or len(shape) < 2 or not isinstance(dims, tuple):
+                continue
+            ids = dims[dim]
+            if ids is not None:
+                held = ids[ids != FIXED]
+                made = [place_of[i] for i in np.unique(starts[np.searchsorted(starts, held, "right") - 1]).tolist()]
+            else:
+                # Computed in a way that is not followed: still a row, which then says so.
+                alike = [nodes[i].target for i in sorted(origins[argument]) if nodes[i].shape == shape]
+                made = [place for state in alike if (place := (state, dim % len(shape))) in places]
+            for place in made:
+                found.setdefault(place, []).append(node.index)
     return found
 
 
-def _depthwise(nodes: tuple[Node, ...]) -> set[str]:
+def _weights(node: Node) -> list[tuple[int, int]]:
+    """The arguments of an operator that make channels if they are weights, each with the dimension that does."""
+    if node.opname in RECURRENT:
+        # One row for each: the hidden units that its first layer's state has.
+        return [(node.args["params"][1].index, 1)]
+    if node.opname == "einsum":
+        return einsum_weights(node)
+    arguments = _PRODUCERS.get(node.opname, ())
+    return [(ref.index, dim) for name, dim in arguments if isinstance(ref := node.args.get(name), Ref)]
+
+
+def _origins(nodes: tuple[Node, ...]) -> list[frozenset[int]]:
+    """For every node, the weights that its value is computed from; empty where an input has a part in it."""
+    found: list[frozenset[int]] = []
+    for node in nodes:
+        parts = [found[i] for i in node.inputs]
+        joined = frozenset[int]().union(*parts) if all(parts) else frozenset[int]()
+        found.append(frozenset([node.index]) if node.kind == "state" else joined)
+    return found
+
+
+def _depthwise(nodes: tuple[Node, ...], calls: Mapping[tuple[str, int], list[int]]) -> set[str]:
     """Weights of convolutions with one input channel in every group."""
-    convolutions = [n for n in nodes if n.opname.startswith("conv") and int(n.args.get("groups", 1)) > 1]
-    weights = [nodes[n.args["weight"].index] for n in convolutions]
-    return {w.target for w in weights if w.shape is not None and w.shape[1] == 1}
+    found = set()
+    for (state, _), (first, *_) in calls.items():
+        weight = nodes[first].args.get("weight")
+        shape = nodes[weight.index].shape if isinstance(weight, Ref) else None
+        if nodes[first].opname.startswith("conv") and int(nodes[first].args.get("groups", 1)) > 1:
+            found |= {state} if shape is not None and shape[1] == 1 else set()
+    return found
 
 
 def _alike(values: list[Value], label: Ids) -> NDArray[np.int64]:
@@ -260,7 +309,7 @@ def _names(producers: list[list[tuple[str, int]]]) -> list[str]:
     names = []
     for makers in producers:
         modules = list(dict.fromkeys(module_of(state) for state, _ in makers))
-        names.append(modules[0] if len(modules) == 1 else f"{_stage(makers)} stream")
+        names.append(modules[0] if len(modules) == 1 else f"{_stage(makers)} stream".strip())
     counts = Counter(names)
     seen: Counter[str] = Counter()
     unique = []
@@ -281,10 +330,10 @@ def _stage(makers: list[tuple[str, int]]) -> str:
     return ".".join(parts[0] for parts in same) or head
 
 
-def _kind(nodes: tuple[Node, ...], makers: list[tuple[str, int]]) -> str:
-    makes = {(nodes[r.index].target, n.opname) for n in nodes if isinstance(r := n.args.get("weight"), Ref)}
-    kinds = ["conv" if op.startswith("conv") else op for state, _ in makers for name, op in makes if name == state]
-    return kinds[0] if len(makers) == 1 and kinds else ("stream" if len(makers) > 1 else "weight")
+def _kind(nodes: tuple[Node, ...], made: list[int]) -> str:
+    """What the first operators of a layer's producers are called; several make a stream."""
+    name = nodes[made[0]].opname
+    return "stream" if len(made) > 1 else ("conv" if name.startswith("conv") else name)
 
 
 _ACTIVATIONS = {
@@ -293,16 +342,6 @@ _ACTIVATIONS = {
 }
 _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 _CARRIERS = {"add", "cat", "dropout", "contiguous", "clone"}
-
-
-def _calls(nodes: tuple[Node, ...]) -> dict[str, list[int]]:
-    """The nodes that make channels with a weight, by its name."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for node in nodes:
-        weight = node.args.get("weight")
-        if node.opname in _PRODUCERS and isinstance(weight, Ref):
-            found[nodes[weight.index].target].append(node.index)
-    return found
 
 
 def _users(nodes: tuple[Node, ...]) -> dict[int, list[int]]:
@@ -332,7 +371,7 @@ def _sites(
     for call in sorted(calls):
         site = _follow(call, nodes, users)
         sites[call if channel_axis(values[site], label, roots) is None else site] = None
-    return tuple(sites)
+    return tuple(site for site in sites if channel_axis(values[site], label, roots) is not None)
 
 
 def _follow(at: int, nodes: tuple[Node, ...], users: Mapping[int, list[int]]) -> int:

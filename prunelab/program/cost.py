@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.program.channels import Structure
-from prunelab.program.compute import letters
+from prunelab.program.compute import einsum_letters
 from prunelab.program.ids import FIXED, Ids
 from prunelab.program.nodes import Node, map_refs
 
@@ -179,29 +179,36 @@ def _macs(node: Node, nodes: tuple[Node, ...], structure: Structure, size: Any) 
         return [_term(1, [*of("input")[:-1], *of("weight")], node.module)]
     if name in ("matmul", "bmm", "mm") and all(len(nodes[i].shape or ()) > 1 for i in node.inputs):
         return [_term(1, [of(next(iter(node.args)))[-1], *sizes(node.index)], node.module)]
+    if name == "addmm":
+        return [_term(1, [of("mat1")[-1], *sizes(node.index)], node.module)]
+    if name == "einsum" and len(node.args["tensors"]) == 2 and (found := einsum_letters(node)) is not None:
+        return _einsum_macs(*found, [sizes(r.index) for r in node.args["tensors"]], node.module)
     if name == "scaled_dot_product_attention":
         q, k, v = of("query"), of("key"), of("value")
         return [_term(1, [*q, k[-2]], node.module), _term(1, [*q[:-1], k[-2], v[-1]], node.module)]
-    if name == "einsum" and (named := letters(node)) and len(named[0]) == 2:
-        (left, right), result = named
-        lengths = {
-            letter: length
-            for word, operand in zip(named[0], node.args["tensors"], strict=True)
-            for letter, length in zip(word, sizes(operand.index), strict=True)
-        }
-        # What only one operand has and the result does not is summed before they are multiplied.
-        met = [letter for letter in lengths if letter in result or (letter in left and letter in right)]
-        return [_term(1, [lengths[letter] for letter in met], node.module)] if set(met) - set(result) else []
     if name in _COUNTED:
         return [Term(_count(node, nodes), (), node.module)]
     return []
+
+
+def _einsum_macs(letters: list[str], result: str, sizes: list[list[Size]], module: str) -> list[Term]:
+    """An einsum of two operands is one batched matrix product; without anything to sum over it only multiplies.
+
+    Where a cut leaves a single channel to sum over, torch multiplies too, and its counter counts nothing: that is
+    not followed.
+    """
+    left, right = (dict(zip(own, given, strict=True)) for own, given in zip(letters, sizes, strict=True))
+    summed = [x for x in left if x in right and x not in result and left[x] != Size(1)]
+    taken = {**right, **{x: left[x] for x in left if left[x] != Size(1) or x not in right}}
+    # What only one operand has and the result does not is summed before.
+    used = [size for x, size in taken.items() if x in result or (x in left and x in right)]
+    return [_term(1, used, module)] if summed else []
 
 
 # Operators that multiply, and whose channels are all pinned: their cost is a constant, counted once.
 _COUNTED = {
     "matmul",
     "einsum",
-    "addmm",
     "baddbmm",
     "addbmm",
     "bilinear",
@@ -209,6 +216,10 @@ _COUNTED = {
     "gru",
     "rnn_tanh",
     "rnn_relu",
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
+    "rnn_relu_cell",
 }
 
 

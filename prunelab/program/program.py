@@ -117,7 +117,7 @@ class Program:
         macs = sum(t(dense) for t in self.terms.macs) or 1
         by_module: dict[str, tuple[int, int]] = {}
         for term in self.terms.params:
-            _add(by_module, term.name.rpartition(".")[0], term(dense), 0)
+            _add(by_module, module_of(term.name), term(dense), 0)
         for term in self.terms.macs:
             _add(by_module, term.name, 0, term(dense))
         shares = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.program.guard import eval_mode, quiet
+from prunelab.program.lines import line_of, running_line
 from prunelab.program.run import bind
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.surgery import cut
-from prunelab.program.trace import first_line, in_words, user_line
+from prunelab.program.trace import first_line
 
 if TYPE_CHECKING:
     from prunelab.program.program import Program
@@ -40,17 +41,24 @@ _RESHAPES = {"view", "_unsafe_view", "reshape", "expand"}
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operator that computes or moves values, with the shapes and numbers it reads."""
+    """Writes down every operator that computes or moves values, with the shapes and numbers it reads.
 
-    def __init__(self) -> None:
+    Asked for lines, also where in the user's code; that takes time, so only for the one that a reason names.
+    """
+
+    def __init__(self, lines: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls: Calls = []
+        self.lines: list[str] = []
+        self._wanted = lines
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         call = _call(func, args, kwargs or {}, result)
         if call is not None:
             self.calls.append(call)
+            if self._wanted:
+                self.lines.append(running_line())
         return result
 
 
@@ -118,8 +126,9 @@ class Stand:
             called, read = said[j]
             if expected[i][1] != said[j]:
                 does = f"would read {read}, not {wanted}" if called == name else f"calls {called} there"
-                where = in_words(self.program.nodes[node].source)
-                return Failure(error or f"your forward does not follow the cut at {name}: it {does}{where}", node)
+                where = self._line(selection, j)
+                # What goes wrong first is the cause, also where forward fails only later.
+                return Failure(f"your forward does not follow the cut at {name}{where}: it {does}", node)
         if error:
             return Failure(error, self._node_at(len(said), expected))
         if self._same_when_dense and len(expected) != len(said):
@@ -176,13 +185,20 @@ class Stand:
         said, problem = self.record(lambda: module(*self.args), _Recorder())
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
+    def _line(self, selection: Selection, at: int) -> str:
+        """Where in the user's code the forward of a cut makes one of its calls."""
+        module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+        with torch.no_grad(), self.inside(), _Recorder(lines=True) as recorder, suppress(Exception):
+            module(*self.args)
+        return recorder.lines[at]
+
     def record(self, run: Callable[[], Any], recorder: _Recorder) -> tuple[Calls, str]:
         """What is called, and the error that ended it, or ""."""
         with torch.no_grad(), self.inside(), recorder:
             try:
                 run()
             except Exception as error:
-                return recorder.calls, f"{first_line(error)}{in_words(user_line(error))}"
+                return recorder.calls, f"{first_line(error)}{line_of(error)}"
         return recorder.calls, ""
 
 
@@ -220,7 +236,7 @@ def attempt(program: Program, check: Callable[[Stand], T]) -> T:
     """A check on tensors without data that the uncut forward runs on."""
     with _stand(program, fake=False) as stand:
         found = check(stand)
-        if not found or not stand.forward(DENSE)[1]:
+        if not found or not (stand.forward(DENSE)[1] or stand.expected(DENSE)[1]):
             return found
     # It makes tensors on a device that it names.
     with _stand(program, fake=True) as stand:

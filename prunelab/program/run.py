@@ -259,6 +259,15 @@ def _slice(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[st
     return {"start": count(ids[:start]), "end": count(ids[:end]), "step": step}
 
 
+def _narrow(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    dims = _dims(program, node.args["self"].index)
+    ids = dims[int(node.args["dim"]) % len(dims)]
+    if ids is None:
+        return {}
+    start = int(node.args["start"]) % len(ids)
+    return {"start": count(ids[:start]), "length": count(ids[start : start + node.args["length"]])}
+
+
 def _split(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
     dims = _dims(program, node.args["self"].index)
     axis = int(node.args.get("dim", 0)) % len(dims)
@@ -280,6 +289,11 @@ def _groups(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[s
     return {"groups": count(ids) * int(node.args["groups"]) // shape[0]}
 
 
+def _num_groups(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
+    ids = _dims(program, node.index)[1]
+    return {"num_groups": count(ids)} if ids is not None and len(ids) == node.args["num_groups"] else {}
+
+
 def _normalized_shape(program: Program, node: Node, count: Callable[[Ids], int]) -> dict[str, Any]:
     old = node.args["normalized_shape"]
     dims = _dims(program, node.args["input"].index)[-len(old) :]
@@ -290,8 +304,11 @@ _REBIND: dict[str, Callable[[Any, Node, Callable[[Ids], int]], dict[str, Any]]] 
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _view),
     "unflatten": _unflatten,
     "slice": _slice,
+    "narrow": _narrow,
     **dict.fromkeys(("split", "split_with_sizes"), _split),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups),
+    "group_norm": _num_groups,
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
 }
 

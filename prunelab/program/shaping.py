@@ -142,6 +142,8 @@ def permute(c: Context) -> Value:
     elif len(args) == 3:
         i, j = (int(args[k]) % len(x) for k in list(args)[1:])
         order[i], order[j] = order[j], order[i]
+    elif c.node.opname in ("mT", "mH", "adjoint"):
+        order[-2:] = order[-1], order[-2]
     else:
         order.reverse()
     return tuple(x[d] for d in order)
@@ -190,18 +192,19 @@ def expand(c: Context) -> Value:
     return tuple(out)
 
 
-def repeat(c: Context) -> Value:
-    """``x.repeat(1, 2)``: as many copies side by side."""
-    x, times = c.given("self"), list(c.node.args.get("repeats", c.node.args.get("dims")))
-    x = (*([None] * (c.rank - len(x))), *x)
-    times = [*([1] * (c.rank - len(times))), *times]
-    if not all(isinstance(n, int) for n, ids in zip(times, x, strict=True) if ids is not None):
-        return unknown(c)
-    return tuple(ids if ids is None or n == 1 else np.tile(ids, n) for n, ids in zip(times, x, strict=True))
-
-
 def cat(c: Context) -> Value:
     """Concatenation: ids follow along the dimension, and meet elementwise in all others."""
+    return _concatenation(c, int(c.node.args.get("dim", 0)) % c.rank)
+
+
+def named_stack(c: Context) -> Value:
+    """``vstack``, ``hstack`` and ``dstack``: concatenation along the first, second or third dimension."""
+    axis = ("vstack", "hstack", "dstack").index(c.node.opname)
+    ranks = [len(c.nodes[r.index].shape or ()) for r in c.node.args["tensors"]]
+    return _concatenation(c, axis) if min(ranks) > max(axis, 1) else unknown(c)
+
+
+def _concatenation(c: Context, axis: int) -> Value:
     parts = [
         (dims, shape)
         for r in c.node.args["tensors"]
@@ -210,7 +213,6 @@ def cat(c: Context) -> Value:
         and (shape := c.nodes[r.index].shape) is not None
         and len(shape) == c.rank  # an empty tensor of one dimension may stand among the parts
     ]
-    axis = int(c.node.args.get("dim", 0)) % c.rank
     out: list[Ids | None] = []
     for k in range(c.rank):
         if k == axis:
@@ -246,7 +248,7 @@ def chunk(c: Context) -> Value:
         return [x for _ in c.node.shapes]
     sizes = [shape[axis] for shape in c.node.shapes]
     pieces = [ids[a:b] for a, b in pairwise(np.cumsum([0, *sizes]).tolist())]
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 and "indices" not in c.node.args:
         for piece in pieces[1:]:
             c.tie(pieces[0], piece)
     else:
@@ -279,6 +281,56 @@ def take_slice(c: Context) -> Value:
     if step not in (None, 1):
         c.ties.pin(ids, "your code takes every n-th of its channels")
     return tuple(ids[slice(start, end, step)] if k == axis else v for k, v in enumerate(x))
+
+
+def narrow(c: Context) -> Value:
+    """``x.narrow(dim, start, length)``: a slice."""
+    x, axis, (start, length) = c.given("self"), c.axis(), (c.node.args[k] for k in ("start", "length"))
+    ids = x[axis]
+    if ids is None:
+        return x
+    if not (isinstance(start, int) and isinstance(length, int)):
+        return unknown(c)
+    start %= len(ids)
+    return tuple(ids[start : start + length] if k == axis else other for k, other in enumerate(x))
+
+
+def index_select(c: Context) -> Value:
+    """Positions of one dimension, picked out by their numbers."""
+    x, axis = c.given("self"), c.axis()
+    c.ties.pin(x[axis], "your code picks it out by its number")
+    c.pin(c.dims("index"), "it says which positions your code picks out")
+    return tuple(None if k == axis else ids for k, ids in enumerate(x))
+
+
+def gather(c: Context) -> Value:
+    """Positions of one dimension, picked out by other numbers for every place."""
+    x, index, axis = c.given("self"), c.given("index"), c.axis()
+    c.ties.pin(x[axis], "your code picks it out by its number")
+    for k, (a, b) in enumerate(zip(x, index, strict=True)):
+        if k != axis:
+            c.tie(a, b)
+    return tuple(ids if k != axis else index[k] for k, ids in enumerate(x))
+
+
+def repeat(c: Context) -> Value:
+    """``repeat`` and ``tile``: what stands there several times goes together."""
+    x = c.given("self")
+    times = c.node.args.get("repeats", c.node.args.get("dims"))
+    lead = (None,) * (c.rank - len(x))
+    given = [*([1] * (c.rank - len(times))), *times][len(lead) :]
+    if any(ids is not None and not isinstance(n, int) for ids, n in zip(x, given, strict=True)):
+        return unknown(c)
+    return (*lead, *(np.tile(ids, n) if ids is not None else None for ids, n in zip(x, given, strict=True)))
+
+
+def repeat_interleave(c: Context) -> Value:
+    """Every position of one dimension several times in a row."""
+    x, times, dim = c.given("self"), c.node.args["repeats"], c.node.args.get("dim")
+    if not isinstance(times, int) or dim is None:
+        return unknown(c)
+    axis = c.axis()
+    return tuple(np.repeat(ids, times) if ids is not None and k == axis else ids for k, ids in enumerate(x))
 
 
 def select(c: Context) -> Value:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunelab.program.nodes import Ref
 from prunelab.program.run import kept_index, rebound_args, removed_labels, slice_states
@@ -31,6 +32,11 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
     for name, old in {**program.constants, **state_tensors(model)}.items():
         if name in sliced:
             memo[id(old)] = _like(old, sliced[name])
+    for part in model.modules():
+        for held in tree_leaves(list(vars(part).values())):
+            if isinstance(held, Tensor) and not held.is_leaf:
+                # A value that forward or a hook has left there; torch copies none that has a gradient's history.
+                memo[id(held)] = held.detach().clone()
     module = copy.deepcopy(model, memo)
     _set_attributes(program, selection, module)
     return module
@@ -48,8 +54,11 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 def _set_attributes(program: Program, selection: Selection, module: nn.Module) -> None:
     """``out_channels``, ``num_features``, ``groups`` and their kin follow the tensors they describe."""
     groups: dict[str, int] = {}
-    for args in rebound_args(program, selection).values():
+    for at, args in rebound_args(program, selection).items():
         weight = args.get("weight")
+        norm = module.get_submodule(program.nodes[at].module) if "num_groups" in args else None
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = args["num_groups"]
         if "groups" in args and isinstance(weight, Ref):
             groups[program.nodes[weight.index].target.rpartition(".")[0]] = args["groups"]
     for name, part in module.named_modules():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
+from prunelab.program.lines import line_of
 from prunelab.program.nodes import INPLACE, Node, Ref
 
 
@@ -45,7 +46,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 def as_example(example: Any) -> tuple[Any, ...]:
     """The example as a tuple of arguments; a batch of one is doubled: the exporter fixes sizes 0 and 1."""
     args = tuple(example) if isinstance(example, tuple | list) else (example,)
-    first = next((a for a in args if isinstance(a, Tensor)), None)
+    first = next((a for a in tree_leaves(args) if isinstance(a, Tensor)), None)
     if first is None or first.dim() == 0:
         raise PruneLabError("trace needs an example input: a tensor with the batch in its first dimension, or several.")
     batch = first.shape[0]
@@ -53,7 +54,12 @@ def as_example(example: Any) -> tuple[Any, ...]:
         raise PruneLabError("The example input has no images: its first dimension is 0.")
     if batch > 1:
         return args
-    return tuple(torch.cat([a, a]) if isinstance(a, Tensor) and a.dim() and a.shape[0] == 1 else a for a in args)
+    doubled: tuple[Any, ...] = tree_map(_doubled, args)
+    return doubled
+
+
+def _doubled(leaf: Any) -> Any:
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1 else leaf
 
 
 def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
@@ -62,11 +68,15 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
     Raises:
         PruneLabError: the model cannot run on the example, or cannot be traced.
     """
-    batch = next(a.shape[0] for a in args if isinstance(a, Tensor))
-    shapes = tuple({0: Dim.AUTO} if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else None for a in args)
+    tensors = [a for a in tree_leaves(args) if isinstance(a, Tensor) and a.dim()]
+    free = ShapesCollection()
+    for tensor in tensors:
+        if tensor.shape[0] == tensors[0].shape[0]:
+            free[tensor] = {0: Dim.AUTO}
     # Without gradients, so that a forward's own torch.no_grad() changes nothing and leaves no trace.
     with eval_mode(model), torch.no_grad(), quiet():
         try:
+            shapes = free.dynamic_shapes(model, args)
             exported = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
             if all(_is_multiple(size) for node in exported.graph.nodes for size in _sizes(node.meta.get("val"))):
                 return exported
@@ -75,7 +85,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
         except Exception as error:
             _refuse_unfit(model, args)
             raise PruneLabError(
-                f"{type(model).__name__} cannot be traced: {first_line(error)}{in_words(user_line(error))}"
+                f"{type(model).__name__} cannot be traced: {first_line(error)}{line_of(error)}"
             ) from error
 
 
@@ -88,6 +98,7 @@ def _refuse_unfit(model: nn.Module, args: tuple[Any, ...]) -> None:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
         raise PruneLabError(
             f"{type(model).__name__} cannot run on an example input of shape {shapes}: {first_line(error)}"
+            f"{line_of(error)}"
         ) from error
 
 
@@ -95,24 +106,6 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def user_line(error: Exception) -> str:
-    """The innermost line of code outside torch in the traceback, as ``file:line``, or ""."""
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "/prunelab/program/" not in name:
-            found = f"{name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
-
-
-def in_words(source: str) -> str:
-    """A place ``file:line`` of the user's code as the end of a sentence."""
-    path, _, line = source.rpartition(":")
-    return f" (line {line} of {Path(path).name})" if path else ""
 
 
 def constants(exported: ExportedProgram) -> dict[str, Tensor]:
@@ -146,7 +139,7 @@ def to_nodes(exported: ExportedProgram, model: nn.Module) -> tuple[tuple[Node, .
         if node.op == "output":
             output = tuple(_convert(a, index) for a in node.args[0])
             break
-        if node.op not in ("placeholder", "call_function"):
+        if node.op not in ("placeholder", "call_function") or (node.target is operator.getitem and not node.users):
             continue
         target = states.get(node.name, "")
         same, seen_elsewhere = memory.overwritten(node)

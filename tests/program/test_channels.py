@@ -118,7 +118,8 @@ PINNED: dict[str, tuple[Body, str]] = {
     "rolled": (lambda net, y: net.b(y.roll(1, 1)), "rolls its channels"),
     "unbound": (lambda net, y: net.b(torch.stack(y.unbind(1)[::-1], 1)), "picks it out by its number"),
     "unequal parts": (lambda net, y: net.b(torch.cat(y.split([3, 5], 1)[::-1], 1)), "unequal, fixed sizes"),
-    "unknown operator": (lambda net, y: net.b(torch.sort(y, 1).values), "sort is not one whose channels"),
+    "unknown operator": (lambda net, y: net.b(y.renorm(2, 1, 1.0)), "renorm is not one whose channels"),
+    "sorted": (lambda net, y: net.b(torch.sort(y, 1).values), "sort orders or numbers it among the others"),
     "a size in the code": (lambda net, y: net.b(y + torch.ones(8, 1, 1).double()), "fixed"),
     "a literal slice": (
         lambda net, y: net.b(torch.cat([y[:, :4].relu(), y[:, 4:]], 1)),
@@ -131,7 +132,7 @@ PINNED: dict[str, tuple[Body, str]] = {
     "a number from a size": (lambda net, y: net.b(y * y.shape[1] ** -0.5), "does not follow the cut at mul"),
     "a literal view": (
         lambda net, y: net.b(y.view(-1, 8, 36).view(-1, 8, 6, 6)),
-        "forward fails when it is cut",
+        "does not follow the cut at view",
     ),
     "squeezed without a name": (
         lambda net, y: net.b(y.mean((2, 3), keepdim=True).squeeze((1, 2, 3))[:, :, None, None]),

@@ -183,7 +183,7 @@ def test_a_literal_in_a_view_pins_the_heads_with_its_line() -> None:
     program = check(Network(lambda: Block(Attend(literal_heads)), SEQUENCE))
     assert free(program) == {"embed stream": 12, "wide": 20}
     assert "when it is cut" in program.layer("attend.qkv").pinned
-    assert "of test_opening.py)" in program.layer("attend.qkv").pinned
+    assert "test_opening.py, line " in program.layer("attend.qkv").pinned
 
 
 def test_heads_are_removed_whole() -> None:

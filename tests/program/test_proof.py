@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
@@ -73,10 +72,7 @@ def test_exactly_the_layers_that_cannot_be_cut_are_pinned(
 def test_the_reason_is_the_users_error() -> None:
     net = Network(lambda: Wide(frozenset({4}), refusing), (8,))
     program = pl.trace(net.build(), net.images())
-    assert re.fullmatch(
-        r"your forward fails when it is cut: eight or nothing \(line \d+ of test_proof.py\)",
-        program.layer("layers.4").pinned,
-    )
+    assert program.layer("layers.4").pinned.startswith("your forward fails when it is cut: eight or nothing (in ")
 
 
 def test_a_forward_that_makes_tensors_on_a_named_device_is_proven_too() -> None:
@@ -104,7 +100,9 @@ def test_what_only_one_cut_shows_is_refused_at_the_commit() -> None:
     six, seven = (pl.Selection({"layers.2": tuple(range(n))}) for n in (6, 7))
     assert not program.layer("layers.2").pinned
     pl.commit(program, six)
-    with pytest.raises(pl.PruneLabError, match=r"cannot be committed: .* does not follow the cut at t: it calls tanh"):
+    with pytest.raises(
+        pl.PruneLabError, match=r"cannot be committed: .* does not follow the cut at t .*: it calls tanh"
+    ):
         pl.commit(program, seven)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.program.program import Program
@@ -40,10 +40,10 @@ def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in model.modules():
-            if isinstance(part, _BatchNorm):
+            if isinstance(part, _NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
                 tensors = {"weight": 0.5, "bias": -0.3, "running_mean": -0.3, "running_var": 0.5}
                 for name, least in tensors.items():
-                    tensor = getattr(part, name)
+                    tensor = getattr(part, name, None)
                     if tensor is not None:
                         tensor.copy_(torch.rand(tensor.shape, generator=generator) + least)
     return model
