@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.program.guard import eval_mode, quiet
-from prunelab.program.lines import line_of, running_line
+from prunelab.program.lines import running_line, sentence
 from prunelab.program.run import bind
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.surgery import cut
@@ -87,7 +87,7 @@ class _Stand:
         said, failed = self.forward(selection)
         expected, error = self.expected(selection)
         if error:
-            return f"the cut network cannot be run: {error}"
+            return failed or f"the cut network cannot be run: {error}"
         if expected == said and not failed:
             return ""
         same_path = len(expected) == len(self.dense[0]) and len(said) == len(self.dense[1])
@@ -123,7 +123,7 @@ class _Stand:
         try:
             module = cut(self.program, selection, self.tensors.__getitem__)
         except Exception as error:
-            return [], f"it cannot be cut: {_line(error)}"
+            return [], f"it cannot be cut: {sentence(error)}"
         said, problem = self.record(lambda: module(*self.args))
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
@@ -140,7 +140,7 @@ class _Stand:
             try:
                 run()
             except Exception as error:
-                return recorder.calls, f"{_line(error)}{line_of(error)}"
+                return recorder.calls, sentence(error)
         return recorder.calls, ""
 
 
@@ -230,8 +230,3 @@ def _stand(program: Program, fake: bool) -> Iterator[_Stand]:
     args = tuple(tree_map(empty, a) for a in program.example)
     with eval_mode(program.model), quiet():
         yield _Stand(program, lambda: torch.device("meta") if mode is None else mode, states, args)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
