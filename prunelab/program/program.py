@@ -23,6 +23,7 @@ from prunelab.program.trace import (
     as_example,
     constants,
     export,
+    refuse_unfollowable,
     state_tensors,
     to_nodes,
     unwrap,
@@ -229,6 +230,7 @@ def trace(model: nn.Module, example: Any, *, prove: bool = True) -> Program:
     if not isinstance(model, nn.Module):
         raise PruneLabError(f"trace needs a torch.nn.Module, not a {type(model).__name__}.")
     model = unwrap(model)
+    refuse_unfollowable(model)
     args = as_example(example)
     exported = export(model, args)
     nodes, outputs = to_nodes(exported, model)

@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.program.guard import eval_mode, quiet
-from prunelab.program.lines import line_of, running_line
+from prunelab.program.lines import running_line, sentence
 from prunelab.program.run import bind
 from prunelab.program.selection import DENSE, Selection
 from prunelab.program.surgery import cut
-from prunelab.program.trace import first_line
 
 if TYPE_CHECKING:
     from prunelab.program.program import Program
@@ -181,7 +180,7 @@ class Stand:
             # The program's tensors want no gradients either; torch decomposes a product by whether they do.
             module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
         except Exception as error:
-            return [], f"it cannot be cut: {first_line(error)}"
+            return [], f"it cannot be cut: {sentence(error)}"
         said, problem = self.record(lambda: module(*self.args), _Recorder())
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
@@ -190,7 +189,7 @@ class Stand:
         module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
         with torch.no_grad(), self.inside(), _Recorder(lines=True) as recorder, suppress(Exception):
             module(*self.args)
-        return recorder.lines[at]
+        return str(recorder.lines[at])
 
     def record(self, run: Callable[[], Any], recorder: _Recorder) -> tuple[Calls, str]:
         """What is called, and the error that ended it, or ""."""
@@ -198,7 +197,7 @@ class Stand:
             try:
                 run()
             except Exception as error:
-                return recorder.calls, f"{first_line(error)}{line_of(error)}"
+                return recorder.calls, sentence(error)
         return recorder.calls, ""
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
-from prunelab.program.lines import line_of
+from prunelab.program.lines import sentence
 from prunelab.program.nodes import INPLACE, Node, Ref
 
 
@@ -74,7 +77,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
         if tensor.shape[0] == tensors[0].shape[0]:
             free[tensor] = {0: Dim.AUTO}
     # Without gradients, so that a forward's own torch.no_grad() changes nothing and leaves no trace.
-    with eval_mode(model), torch.no_grad(), quiet():
+    with eval_mode(model), torch.no_grad(), quiet(), redirect_stderr(StringIO()):
         try:
             shapes = free.dynamic_shapes(model, args)
             exported = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
@@ -84,9 +87,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
             return torch.export.export(model, args, strict=False)
         except Exception as error:
             _refuse_unfit(model, args)
-            raise PruneLabError(
-                f"{type(model).__name__} cannot be traced: {first_line(error)}{line_of(error)}"
-            ) from error
+            raise PruneLabError(f"{type(model).__name__} cannot be traced: {sentence(error)}") from error
 
 
 def _refuse_unfit(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -97,15 +98,28 @@ def _refuse_unfit(model: nn.Module, args: tuple[Any, ...]) -> None:
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
         raise PruneLabError(
-            f"{type(model).__name__} cannot run on an example input of shape {shapes}: {first_line(error)}"
-            f"{line_of(error)}"
+            f"{type(model).__name__} cannot run on an example input of shape {shapes}: {sentence(error)}"
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def refuse_unfollowable(model: nn.Module) -> None:
+    """Say which part of a model torch itself cannot look into.
+
+    Raises:
+        PruneLabError: a layer is compiled by TorchScript, quantized, or lazy and without weights yet.
+    """
+    for name, part in model.named_modules():
+        where = f"Layer {name!r}" if name else f"The model ({type(model).__name__})"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise PruneLabError(
+                f"{where} is compiled by torch.jit, which hides its code: trace the module it came from."
+            )
+        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]  # torch's typing
+            raise PruneLabError(
+                f"{where} is lazy and has no weights yet: run the model once on an image, then trace it."
+            )
+        if ".quantized." in f"{type(part).__module__}.":
+            raise PruneLabError(f"{where} is quantized, its weights are packed: prune first, quantize afterwards.")
 
 
 def constants(exported: ExportedProgram) -> dict[str, Tensor]:
@@ -206,10 +220,20 @@ def _pure(target: Any) -> Any:
     if packet is None or match is None:
         return target
     twin = getattr(torch.ops.aten, match.group(1), None)
-    overload = getattr(twin, target._overloadname, None) if twin is not None else None
+    overload = getattr(twin, target._overloadname, None) or _alike(twin, target)
     if overload is None:
         raise PruneLabError(f"The in-place operator {packet.__name__} has no pure twin, so it cannot be traced.")
     return overload
+
+
+def _alike(twin: Any, target: Any) -> Any:
+    """The overload of an operator that takes the same arguments as another one, or None."""
+
+    def taken(overload: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in overload._schema.arguments]
+
+    overloads = [getattr(twin, name) for name in twin.overloads()] if twin is not None else []
+    return next((o for o in overloads if taken(o) == taken(target)), None)
 
 
 class _Memory:

@@ -283,6 +283,11 @@ CASES: dict[str, Case] = {
         {"c": "the operator tril is not one"},
         image=(4,),
     ),
+    "positive weights": Case(
+        *between(lambda m, y: m.c(y), 5, c=lambda: with_parametrization(conv(8, 5), Softplus())),
+        {**BOTH, "c": 5},
+        mixes=True,
+    ),
     "symmetric weights": Case(
         lambda m, x: m.head(m.c(m.a(x))[:, :6]),
         linear_net(c=lambda: with_parametrization(nn.Linear(8, 8), Symmetric())),
