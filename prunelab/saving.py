@@ -227,19 +227,16 @@ def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], record:
     Raises:
         PruneLabError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     from prunelab import __version__
 
     with _beside(folder, name, f"{name}.json") as beside:
         unnamed = beside / "tensors"
-        # Clones: safetensors refuses tensors that share memory.
-        save_file({key: t.detach().contiguous().clone() for key, t in tensors.items()}, unnamed)
+        _write_tensors(tensors, unnamed)
         with unnamed.open("rb") as file:
             called = f"{name}-{hashlib.file_digest(file, 'blake2b').hexdigest()[:16]}.safetensors"
         unnamed.rename(beside / called)
         head = {"format": FORMAT, "prunelab": __version__, "torch": torch.__version__, "tensors": called}
-        (beside / f"{name}.json").write_text(json.dumps({**head, **record}, indent=1), encoding="utf-8")
+        (beside / f"{name}.json").write_text(json.dumps({**head, **record}), encoding="utf-8")
     for old in folder.glob(f"{name}-*.safetensors"):
         if old.name != called:
             old.unlink(missing_ok=True)
@@ -260,6 +257,16 @@ def read_folder(folder: Path, name: str) -> tuple[dict[str, Tensor], Record]:
         return load_file(folder / record["tensors"]), record
     except Exception as error:
         raise PruneLabError(f"There is no {name} to load in {folder}: {error}.") from error
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        # Clones: safetensors refuses tensors that share memory.
+        save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, file)
+    except KeyError as error:
+        raise PruneLabError(f"Tensors of {error.args[0]} cannot be kept in a safetensors file.") from error
 
 
 def _held(tensors: dict[str, Tensor], tensor: Tensor) -> str:
@@ -311,13 +318,14 @@ def export(model: nn.Module, example: Any, path: Path | str) -> Path:
 
 
 def _write_pt2(model: nn.Module, example: Any, file: Path) -> None:
-    torch.export.save(exported(model, as_example(example)), file)
+    program = exported(model, as_example(example))
+    # The user's own images, which the file would otherwise hold.
+    program.example_inputs = None
+    torch.export.save(program, file)
 
 
 def _write_safetensors(model: nn.Module, example: Any, file: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}, file)
+    _write_tensors(model.state_dict(), file)
 
 
 def _write_onnx(model: nn.Module, example: Any, file: Path) -> None:
