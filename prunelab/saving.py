@@ -115,7 +115,7 @@ def rebuilt(
     Raises:
         PruneLabError: it is another one than ``make_model`` gives.
     """
-    model = unwrap(make_model())
+    model = _made(make_model)
     made = type(model).__name__
     try:
         for made_by in record["commits"]:
@@ -133,6 +133,13 @@ def rebuilt(
         )
     _fill(model, tensors, record)
     return model
+
+
+def _made(make_model: Callable[[], nn.Module]) -> nn.Module:
+    model = None if isinstance(make_model, nn.Module) else make_model()
+    if not isinstance(model, nn.Module):
+        raise PruneLabError("make_model must be a function that gives the uncut torch.nn.Module: lambda: MyNetwork().")
+    return unwrap(model)
 
 
 def _committed(model: nn.Module, made_by: Mapping[str, Any], example: Any) -> nn.Module:
@@ -210,8 +217,9 @@ def _is_plainly_laid_out(tensor: Tensor) -> bool:
 
 
 def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
+    """A copy, in memory of torch's own: it is aligned, as a file's is not, and some kernels round by alignment."""
     if strides is None:
-        return tensor
+        return tensor.clone()
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 
