@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from prunelab import datasets as datasets, zoo as zoo
     from prunelab.explorer.app import explore as explore
     from prunelab.explorer.lab import Lab as Lab
+    from prunelab.optimizers import carry as carry
+    from prunelab.saving import (
+        export as export,
+        load as load,
+        load_optimizer as load_optimizer,
+        save as save,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,6 +49,8 @@ _LATER = {
     "explore": "prunelab.explorer.app",
     "zoo": "prunelab",
     "datasets": "prunelab",
+    "carry": "prunelab.optimizers",
+    **dict.fromkeys(("export", "load", "load_optimizer", "save"), "prunelab.saving"),
 }
 
 __all__ = [
@@ -59,16 +68,20 @@ __all__ = [
     ),
     *(
         "Stopped",
+        "carry",
         "commit",
         "cost",
         "criteria_names",
         "datasets",
         "explore",
+        "export",
         "finetune",
+        "load",
+        "load_optimizer",
         "profile",
         "register",
     ),
-    *("sliced_masks", "trace", "zoo"),
+    *("save", "sliced_masks", "trace", "zoo"),
 ]
 
 

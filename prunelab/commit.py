@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from prunelab.errors import PruneLabError
 from prunelab.program.program import Program
 from prunelab.program.proof import refusal
+from prunelab.program.record import remember
 from prunelab.program.selection import Selection
 from prunelab.program.surgery import cut
 from prunelab.repair import repair as repaired_by
@@ -18,7 +19,7 @@ def commit(program: Program, selection: Selection, *, repair: str = "none", imag
 
     Every attribute that describes a size (``out_channels``, ``num_features``, ``groups``, …) is right, single
     weights that the selection removes are zero, and training flags, hooks and ``requires_grad`` are those of
-    the original.
+    the original. The module remembers what it kept, so that :func:`prunelab.load` can build it again.
 
     Args:
         repair: a correction of the surviving weights, one of :data:`prunelab.repair.REPAIRS`.
@@ -36,4 +37,5 @@ def commit(program: Program, selection: Selection, *, repair: str = "none", imag
     with torch.no_grad():
         for name, tensor in corrected.items():
             small.get_parameter(name).copy_(tensor)
+    remember(small, program, selection)
     return small

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from prunelab.commit import commit
 from prunelab.criteria.registry import Scores, get, scores
 from prunelab.errors import PruneLabError
-from prunelab.explorer.keeping import read_lab, rebuild, write_lab, write_network
-from prunelab.explorer.stage import Cuts, Point, Stage
+from prunelab.explorer.keeping import read_lab, write_lab
+from prunelab.explorer.stage import Point, Stage
 from prunelab.plan import Plan, Setting
 from prunelab.preview import Estimate, Preview, labelled
 from prunelab.profile.capture import Profile, profile
@@ -28,6 +28,7 @@ from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import repair
+from prunelab.saving import export
 from prunelab.train.finetune import Epoch, finetune
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Lab:
         self._images, self._labels = labelled(val)
         self._probe = min(probe, len(self._labels))
         first = example if example is not None else self._images[:2]
-        self._first = self._stage(trace(model, first), {}, ())
+        self._first = self._stage(trace(model, first), {})
         self._now: tuple[Stage, Plan] = (
             self._first,
             Plan(criterion=criterion, network=self._first.program.digest),
@@ -336,7 +337,7 @@ class Lab:
         masked = self._masked(selection)
         small = commit(self.program, masked, repair=self.plan.repair, images=self._sample())
         masks = sliced_masks(self.program, masked)
-        self._enter(small, masks, (*self.stage.cuts, dict(selection.kept)), "commit")
+        self._enter(small, masks, "commit")
         return small
 
     def finetune(
@@ -359,20 +360,20 @@ class Lab:
             model, self.train, self.val, epochs=epochs, lr=lr, masks=self.stage.masks, progress=progress,
             on_epoch=on_epoch, **settings,
         )  # fmt: skip
-        self._enter(model, self.stage.masks, self.stage.cuts, "finetune")
+        self._enter(model, self.stage.masks, "finetune")
         return table
 
-    def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], cuts: Cuts, label: str) -> None:
+    def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], label: str) -> None:
         # Proved again: what was pinned because forward does not follow its cut must stay so.
-        stage = self._stage(trace(model, self.program.example), masks, cuts)
+        stage = self._stage(trace(model, self.program.example), masks)
         plan = replace(self.plan, settings={}, network=stage.program.digest)
         self._move((stage, plan))
         if get(plan.criterion).needs == "statistics":
             self.run_profile()
         self._add(label, self.stage.preview.accuracy())
 
-    def _stage(self, program: Program, masks: Mapping[str, Tensor], cuts: Cuts) -> Stage:
-        return Stage(program, None, Preview(program, self._images, self._labels), dict(masks), cuts)
+    def _stage(self, program: Program, masks: Mapping[str, Tensor]) -> Stage:
+        return Stage(program, None, Preview(program, self._images, self._labels), dict(masks))
 
     # Keeping ---------------------------------------------
 
@@ -385,20 +386,13 @@ class Lab:
         record = {
             "name": self.name,
             "plan": self.plan.to_json(),
-            "cuts": [dict(kept) for kept in self.stage.cuts],
             "points": [vars(point) for point in self._points],
         }
         write_lab(Path(folder), self.model, self.stage.masks, record)
 
     def export(self, path: Path | str) -> Path:
-        """Write the current network to a file: ``.pt2`` (runs without its code) or ``.safetensors`` (weights).
-
-        Raises:
-            PruneLabError: another suffix, or a file that cannot be written.
-        """
-        target = Path(path)
-        write_network(self.program, target)
-        return target
+        """Write the current network to a ``.pt2``, ``.onnx`` or ``.safetensors`` file, as :func:`prunelab.export`."""
+        return export(self.model, self.program.example, path)
 
     @classmethod
     def load(
@@ -413,17 +407,10 @@ class Lab:
         Raises:
             PruneLabError: the folder holds no lab, or the saved tensors are another network's.
         """
-        source = Path(folder)
-        try:
-            state, masks, record = read_lab(source)
-            points = [Point(**p) for p in record["points"]]
-        except Exception as error:
-            raise PruneLabError(f"There is no lab to load in {source}: {error}.") from error
-        cuts = tuple({k: tuple(v) for k, v in c.items()} for c in record["cuts"])
-        model = rebuild(make_model(), cuts, state, labelled(val, 2)[0])
+        model, masks, record = read_lab(Path(folder), make_model)
         lab = cls(model, train, val, name=record["name"], **settings)
-        lab._now = (replace(lab.stage, masks=masks, cuts=cuts), lab.plan)
-        lab._points = points
+        lab._now = (replace(lab.stage, masks=masks), lab.plan)
+        lab._points = [Point(**point) for point in record["points"]]
         lab.use(Plan.from_json(record["plan"]))
         return lab
 

@@ -11,8 +11,6 @@ from prunelab.preview import Preview
 from prunelab.profile.capture import Profile
 from prunelab.program.program import Program
 
-Cuts = tuple[Mapping[str, tuple[int, ...]], ...]
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -22,14 +20,12 @@ class Stage:
         program: the traced network; ``profile`` what it does on the training set, once measured.
         preview: quick accuracy on the probe images.
         masks: weights held at zero, by parameter name.
-        cuts: what each commit kept, in order: the way from the first network's code to this one's shapes.
     """
 
     program: Program
     profile: Profile | None
     preview: Preview
     masks: Mapping[str, Tensor]
-    cuts: Cuts
 
 
 @dataclass(frozen=True)

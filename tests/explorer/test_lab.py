@@ -116,6 +116,18 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
         pl.Lab.load(tmp_path / "nothing", make, train, test)
 
 
+def test_lab_of_several_commits_with_training_between_comes_back(lab: pl.Lab, tmp_path: Path) -> None:
+    lab.set_all(ratio=0.4)
+    lab.commit()
+    lab.finetune(epochs=1, progress=False)
+    lab.set("conv2", remove=[1, 3])
+    small = lab.commit()
+    lab.save(tmp_path)
+    back = pl.Lab.load(tmp_path, pl.zoo.lenet, lab.train, lab.val).model
+    with torch.no_grad():
+        assert torch.equal(back(TEST.images[:7]), small(TEST.images[:7]))
+
+
 def test_export(lab: pl.Lab, tmp_path: Path) -> None:
     lab.set_all(ratio=0.5)
     small = lab.commit()
