@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
-from prunelab.program.lines import sentence
+from prunelab.program.lines import is_users, sentence
 from prunelab.program.nodes import INPLACE, Node, Ref
 
 
@@ -334,5 +334,5 @@ def _module(node: fx.Node) -> str:
 def _source(node: fx.Node) -> str:
     """File and line of the innermost frame outside torch itself."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if "/torch/nn/" not in f[0]]
+    own = [f for f in frames if is_users(f[0])]
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""
