@@ -216,11 +216,14 @@ def _add(table: dict[str, tuple[int, int]], key: str, params: int, macs: int) ->
 def trace(model: nn.Module, example: Any, *, prove: bool = True) -> Program:
     """Trace a network and find what can be removed from it.
 
-    The model is not changed: training flags, hooks, gradients, buffers and random state are as before.
+    The model is not changed: training flags, hooks, gradients, buffers and random state are as before. Its forward
+    runs about ten times on tensors without data, and its forward hooks with it, since they may change values: what
+    they print appears as often. A commit runs it once more; profile and preview never do.
 
     Args:
         model: any ``nn.Module``; wrappers of torch (``DataParallel``, ``torch.compile``) are looked through.
-        example: an input of forward, shape ``(images, …)``, or a tuple of all its arguments.
+        example: an input of forward, shape ``(images, …)``, or a tuple of all its positional arguments, which may
+            be tensors, numbers, None, and lists or dicts of them. Arguments left out keep their defaults.
         prove: try cuts of every layer on the user's own ``forward``, without data, and pin the layers whose
             cut the forward does not follow.
 

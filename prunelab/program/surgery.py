@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -43,9 +44,12 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
-    """The sliced values as the same kind of tensor: a parameter with its flag, or a buffer."""
+    """The sliced values as the same kind of tensor: a parameter with its flag, or a buffer, in the old layout."""
     # A tensor that was not sliced still shares the user's memory.
     fresh = new.detach().clone() if new.shape == old.shape else new.detach()
+    for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if old.dim() == dimensions and not old.is_contiguous() and old.is_contiguous(memory_format=layout):
+            fresh = fresh.contiguous(memory_format=layout)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(fresh, requires_grad=old.requires_grad)
     return fresh

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
-from prunelab.program.lines import sentence
+from prunelab.program.lines import is_users, sentence
 from prunelab.program.nodes import INPLACE, Node, Ref
 
 
@@ -111,13 +111,9 @@ def refuse_unfollowable(model: nn.Module) -> None:
     for name, part in model.named_modules():
         where = f"Layer {name!r}" if name else f"The model ({type(model).__name__})"
         if isinstance(part, torch.jit.ScriptModule):
-            raise PruneLabError(
-                f"{where} is compiled by torch.jit, which hides its code: trace the module it came from."
-            )
+            raise PruneLabError(f"{where} is compiled by torch.jit, which hides its code: trace what it came from.")
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]  # torch's typing
-            raise PruneLabError(
-                f"{where} is lazy and has no weights yet: run the model once on an image, then trace it."
-            )
+            raise PruneLabError(f"{where} is lazy and has no weights yet: run the model once, then trace it.")
         if ".quantized." in f"{type(part).__module__}.":
             raise PruneLabError(f"{where} is quantized, its weights are packed: prune first, quantize afterwards.")
 
@@ -157,7 +153,7 @@ def to_nodes(exported: ExportedProgram, model: nn.Module) -> tuple[tuple[Node, .
             continue
         target = states.get(node.name, "")
         same, seen_elsewhere = memory.overwritten(node)
-        op = (node.target if seen_elsewhere else _pure(node.target)) if node.op == "call_function" else None
+        op = (node.target if seen_elsewhere else _pure(node)) if node.op == "call_function" else None
         nodes.append(_node(node, op, len(nodes), index, first_names.get(target, target)))
         # Later readers of an overwritten value read the new one.
         index.update(dict.fromkeys([*same, node], len(nodes) - 1))
@@ -211,11 +207,13 @@ def _refs(values: Sequence[Any]) -> Iterator[int]:
             yield from _refs(value)
 
 
-def _pure(target: Any) -> Any:
+def _pure(node: fx.Node) -> Any:
     """An in-place operator's pure twin: values that never change can be kept and compared."""
+    target: Any = node.target
     packet = getattr(target, "overloadpacket", None)
     if packet is None and hasattr(target, "namespace"):
-        raise PruneLabError(f"The network uses {target}, whose inside cannot be followed.")
+        where = f" ({_source(node)})" if _source(node) else ""
+        raise PruneLabError(f"The network uses {target}{where}, whose inside cannot be followed.")
     match = INPLACE.match(packet.__name__) if packet is not None else None
     if packet is None or match is None:
         return target
@@ -336,5 +334,5 @@ def _module(node: fx.Node) -> str:
 def _source(node: fx.Node) -> str:
     """File and line of the innermost frame outside torch itself."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if "/torch/nn/" not in f[0]]
+    own = [f for f in frames if is_users(f[0])]
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""

@@ -75,7 +75,7 @@ FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "NumPy": (through_numpy, f"leaves torch for NumPy, where it cannot be followed; use torch's functions{HERE}"),
     "data": (behind_the_back, r"uses \.data .*; use \.detach\(\)"),
     "another device": (on_a_gpu, f"cannot run on an example input of shape .*{HERE}"),
-    "torch.cond": (conditional, r"uses cond \(.*test_refusals\.py:\d+\), whose inside cannot be followed"),
+    "torch.cond": (conditional, r"uses cond \(.*users\.py:\d+\), whose inside cannot be followed"),
     "sparse tensors": (sparse, f"to_sparse.*{HERE}"),
     "a mistake": (broken, f"cannot run .* has no attribute 'nowhere'{HERE}"),
 }
