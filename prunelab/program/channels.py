@@ -16,7 +16,7 @@ from prunelab.program.nodes import Node, Ref
 from prunelab.program.rules import apply
 
 # Weights whose dimension (second) makes channels; everything else follows them.
-_PRODUCERS = {
+PRODUCERS = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("weight", 0)),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", 1)),
     "embedding": ("weight", 1),
@@ -169,7 +169,7 @@ def _layers(
         rows.append((makers, slot_list, roots, reason))
     rows.sort(key=lambda row: (producers[row[0][0]], row[2][0]))
     names = _names([makers for makers, *_ in rows])
-    calls, users = _calls(nodes), _users(nodes)
+    calls, users = _calls(nodes), users_of(nodes)
     return [
         Layer(
             name=name,
@@ -190,7 +190,7 @@ def _producers(nodes: tuple[Node, ...]) -> dict[tuple[str, int], int]:
     """``(state, dimension)`` of every weight that makes channels, and its place in the order of execution."""
     found: dict[tuple[str, int], int] = {}
     for node in nodes:
-        name, dim = _PRODUCERS.get(node.opname, ("", 0))
+        name, dim = PRODUCERS.get(node.opname, ("", 0))
         weight = node.args.get(name)
         if isinstance(weight, Ref) and nodes[weight.index].kind == "state":
             found.setdefault((nodes[weight.index].target, dim), node.index)
@@ -281,11 +281,11 @@ def _kind(nodes: tuple[Node, ...], makers: list[tuple[str, int]]) -> str:
     return kinds[0] if len(makers) == 1 and kinds else ("stream" if len(makers) > 1 else "weight")
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "silu", "hardswish", "sigmoid", "tanh", "gelu", "elu", "selu", "celu"),
     *("leaky_relu", "softplus", "mish", "prelu", "hardsigmoid"),
 }
-_NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
+NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 _CARRIERS = {"add", "cat", "dropout", "contiguous", "clone"}
 
 
@@ -294,12 +294,12 @@ def _calls(nodes: tuple[Node, ...]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = defaultdict(list)
     for node in nodes:
         weight = node.args.get("weight")
-        if node.opname in _PRODUCERS and isinstance(weight, Ref):
+        if node.opname in PRODUCERS and isinstance(weight, Ref):
             found[nodes[weight.index].target].append(node.index)
     return found
 
 
-def _users(nodes: tuple[Node, ...]) -> dict[int, list[int]]:
+def users_of(nodes: tuple[Node, ...]) -> dict[int, list[int]]:
     """The nodes that read each value."""
     found: dict[int, list[int]] = defaultdict(list)
     for node in nodes:
@@ -330,8 +330,8 @@ def _sites(
 
 
 def _follow(at: int, nodes: tuple[Node, ...], users: Mapping[int, list[int]]) -> int:
-    while nodes[at].opname not in _ACTIVATIONS:
-        following = [u for u in users[at] if nodes[u].opname in _ACTIVATIONS | _NORMS]
+    while nodes[at].opname not in ACTIVATIONS:
+        following = [u for u in users[at] if nodes[u].opname in ACTIVATIONS | NORMS]
         following += [u for u in users[at] if nodes[u].opname in _CARRIERS]
         if not following:
             break
