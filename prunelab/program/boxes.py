@@ -143,7 +143,7 @@ class _Builder:
         self.at[node.index] = source
         if node.inputs[0] in self.alone and len(self.users.get(node.inputs[0], ())) == 1:
             self.alone.add(node.index)
-        name = "norm" if node.opname in NORMS else node.opname.replace("_", " ")
+        name = "norm" if node.opname in NORMS else _activation(node)
         if node.opname not in NORMS | ACTIVATIONS | {"softmax", "log_softmax", "prelu"}:
             return
         if source in {self.at.get(k) for k in self.attentions.values()} and self.found[source].text == "attention":
@@ -227,6 +227,12 @@ def _convolution(node: Node, shape: tuple[int, ...]) -> str:
 def _attention(node: Node) -> str:
     heads = node.shape[-3] if node.shape is not None and len(node.shape) > 3 else 1
     return f"attention, {heads} heads" if heads > 1 else "attention"
+
+
+def _activation(node: Node) -> str:
+    if node.opname == "hardtanh" and (node.args.get("min_val"), node.args.get("max_val")) == (0, 6):
+        return "relu6"
+    return node.opname.strip("_").replace("_", " ")
 
 
 def _is_pool(node: Node) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree as xml
+from xml.etree import ElementTree as ET
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunelab.errors import PruneLabError
 from prunelab.program.boxes import Element, elements
 from prunelab.program.channels import Layer
+from prunelab.program.layout import Places, layout
 from prunelab.program.run import kept_index, removed_labels, removes_anything
 from prunelab.program.selection import DENSE, Selection
 
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 
 # Told apart on white and on near-black paper; further couplings go round the colour circle by the golden angle.
 _PALETTE = ("#3b82c4", "#e0801f", "#37a05b", "#9a68c0", "#d6528f", "#17a0ae", "#a8763e", "#8f9a1c")
-_POINTS_PER_INCH = 72
 _NAME, _TEXT, _SMALL = 12.5, 11.0, 10.0
-_MOST_LETTERS = 44
+_MOST_LETTERS = 40
+_KEY_WIDTH = 300.0
 
 _STYLE = """
 .prunelab-network { --prunelab-ink: #20242a; --prunelab-paper: #ffffff;
@@ -90,38 +92,26 @@ class _Look:
     """How one element is drawn.
 
     Attributes:
-        layers: the layers that its channels belong to.
-        coupling: number of the coupling that it belongs to, from 1, or 0.
+        couplings: numbers of the couplings that it belongs to, from 1.
         pinned: why none of its channels can be removed, or "".
+        reason: the same, in lines short enough for the box; only where weights are.
         kept: channels that the selection keeps and how many there are, or None where that is not shown.
         tooltip: the details.
         width, height: size of its box in points.
     """
 
-    layers: tuple[Layer, ...]
-    coupling: int
+    couplings: tuple[int, ...]
     pinned: str
+    reason: tuple[str, ...]
     kept: tuple[int, int] | None
     tooltip: str
     width: float
     height: float
 
-
-@dataclass(frozen=True)
-class _Places:
-    """Where everything is, in points from the upper left corner.
-
-    Attributes:
-        centres: of every element.
-        lines: for every connection its source and the points of its Bézier curve, the tip of the arrow last.
-        stages: upper left and lower right corner of every stage, by name.
-    """
-
-    centres: tuple[tuple[float, float], ...]
-    lines: tuple[tuple[int, tuple[tuple[float, float], ...]], ...]
-    stages: Mapping[str, tuple[float, float, float, float]]
-    width: float
-    height: float
+    @property
+    def coupling(self) -> int:
+        """The coupling whose colour it has, or 0: of several, the one that began last."""
+        return max(self.couplings, default=0)
 
 
 def draw(program: Program, selection: Selection = DENSE) -> Drawing:
@@ -129,7 +119,7 @@ def draw(program: Program, selection: Selection = DENSE) -> Drawing:
     found = elements(program.nodes, program.outputs)
     couplings = _couplings(program, found)
     looks = _looks(program, found, couplings, selection)
-    places = _layout(found, looks)
+    places = layout(found, [(look.width, look.height) for look in looks])
     mark = hashlib.blake2b(repr((program.digest, selection.digest)).encode(), digest_size=4).hexdigest()
     return Drawing(_svg(program, found, looks, couplings, places, f"prunelab-hatch-{mark}"))
 
@@ -153,33 +143,33 @@ def _layers_of(program: Program, element: Element) -> tuple[Layer, ...]:
 def _looks(program: Program, found: list[Element], couplings: Mapping[str, int], selection: Selection) -> list[_Look]:
     costs = _costs(program)
     gone = removed_labels(program, selection) if removes_anything(program, selection) else None
-    wide = max((_text_width(e) for e in found if e.kind == "box"), default=0.0)
     looks = []
     for element in found:
         layers = _layers_of(program, element)
-        numbers = {couplings.get(layer.name, 0) for layer in layers}
+        numbers = tuple(couplings[layer.name] for layer in layers if layer.name in couplings)
         pinned = "" if any(not k.pinned for k in layers) else next((k.pinned for k in layers), "")
-        kept = None
-        if element.weight is not None and gone is not None:
-            dims = program.structure.values[program.state_nodes[element.weight[0]]]
-            ids = dims[element.weight[1]] if isinstance(dims, tuple) else None
-            total = program.state(element.weight[0]).shape[element.weight[1]]
-            index = kept_index(ids, program.structure.label, gone)
-            kept = total if index is None else len(index), total
-        box = element.kind == "box"
-        said = box and element.weight is not None and bool(pinned)
-        looks.append(
-            _Look(
-                layers=layers,
-                coupling=numbers.pop() if len(numbers) == 1 else 0,
-                pinned=pinned,
-                kept=kept,
-                tooltip=_tooltip(program, element, layers, costs, kept),
-                width=wide if box else max(_letters(element.label, _TEXT) + 18, 26),
-                height=(38 + 14 * said + 7 * (kept is not None)) if box else 22,
+        reason = _wrapped(pinned) if element.weight is not None else ()
+        kept = None if gone is None or element.weight is None else _kept(program, *element.weight, gone)
+        width, height = max(_letters(element.label, _TEXT) + 18, 26.0), 22.0
+        if element.kind == "box":
+            # The name has a badge, a lock or counts beside it.
+            title = _letters(_short(element.name), _NAME) + 56 + 18 * len(numbers)
+            reasons = [_letters(line, _SMALL) + 20 for line in reason]
+            width, height = (
+                max(width + 2, title, *reasons),
+                38.0 + 13 * len(reason) + 7 * (kept is not None and not reason),
             )
-        )
-    return looks
+        tooltip = _tooltip(program, element, layers, costs, kept)
+        looks.append(_Look(numbers, pinned, reason, kept, tooltip, width, height))
+    widest = max((look.width for look, e in zip(looks, found, strict=True) if e.kind == "box"), default=0.0)
+    return [replace(look, width=widest) if e.kind == "box" else look for look, e in zip(looks, found, strict=True)]
+
+
+def _kept(program: Program, state: str, dim: int, gone: NDArray[np.bool_]) -> tuple[int, int]:
+    """How many channels of a weight stay, and how many there are."""
+    dims, total = program.structure.values[program.state_nodes[state]], program.state(state).shape[dim]
+    index = kept_index(dims[dim], program.structure.label, gone) if isinstance(dims, tuple) else None
+    return total if index is None else len(index), total
 
 
 def _costs(program: Program) -> dict[str, tuple[int, int]]:
@@ -206,11 +196,11 @@ def _tooltip(
     shape = program.nodes[element.node].shape
     lines = [element.name, element.label, f"value per image: {'×'.join(map(str, shape[1:]))}" if shape else ""]
     for layer in layers:
-        lines.append(f"layer {layer.name}: {layer.kind}, {layer.channels} channels")
+        lines.append(f"layer {layer.name}: {layer.kind}, {_channels(layer)}")
         if len(layer.members) > 1:
             lines.append(f"made by {', '.join(layer.members)}")
         lines.append(f"pinned: {layer.pinned}" if layer.pinned else "")
-    if element.kind == "box" and element.name in costs:
+    if element.weight is not None and element.name in costs:
         for what, own, total in zip(("parameters", "FLOPs"), costs[element.name], costs["*"], strict=True):
             lines.append(f"{what}: {own:,} ({own / total:.1%} of the network)")
     if kept is not None:
@@ -218,77 +208,22 @@ def _tooltip(
     return "\n".join(line for line in lines if line)
 
 
+def _channels(layer: Layer) -> str:
+    return f"{layer.channels} channel{'s' * (layer.channels > 1)}"
+
+
 def _letters(text: str, size: float) -> float:
     """Width of a text, on the generous side: fonts differ."""
     return 0.56 * size * len(text)
 
 
-def _text_width(element: Element) -> float:
-    """Width that a box needs for its name, with room for a badge or counts, and for what it does."""
-    return max(_letters(_short(element.name), _NAME) + 74, _letters(element.label, _TEXT) + 20)
-
-
-def _short(name: str) -> str:
+def _short(name: str, most: int = 30) -> str:
     """The last parts of a long module path."""
     parts = name.split(".")
-    while len(".".join(parts)) > 28 and len(parts) > 1:
+    while len(".".join(parts)) > most and len(parts) > 1:
         parts = parts[1:]
     tail = ".".join(parts)
     return tail if tail == name else f"… {tail}"
-
-
-def _stage(element: Element) -> str:
-    """The module path up to its first part with a number, a block or a stage in most networks; or ""."""
-    parts = element.name.split(".")
-    parts = parts[:-1] if element.kind == "box" else parts
-    first = next((k for k, part in enumerate(parts) if re.search(r"\d", part)), None)
-    return "" if first is None else ".".join(parts[: first + 1])
-
-
-def _layout(found: list[Element], looks: list[_Look]) -> _Places:
-    """Graphviz's layered layout: sizes in, places out."""
-    try:
-        import pygraphviz
-    except ImportError as error:
-        raise PruneLabError(f"A picture needs the package pygraphviz: pip install pygraphviz ({error}).") from None
-    graph = pygraphviz.AGraph(directed=True, strict=False, ranksep="0.22", nodesep="0.25")
-    for k, look in enumerate(looks):
-        size = {"width": look.width / _POINTS_PER_INCH, "height": look.height / _POINTS_PER_INCH}
-        graph.add_node(k, shape="box", label="", fixedsize=True, **size)
-    for k, element in enumerate(found):
-        for source in element.sources:
-            # What runs one after the other stands in one line; detours bend.
-            graph.add_edge(source, k, weight=4 if k == source + 1 else 1, arrowsize=0.5)
-    stages: dict[str, list[int]] = {}
-    for k, element in enumerate(found):
-        if stage := _stage(element):
-            stages.setdefault(stage, []).append(k)
-    large = {name: members for name, members in stages.items() if sum(found[k].kind == "box" for k in members) > 1}
-    # Room for the stage's name, in a form that needs no font.
-    room = '<<TABLE BORDER="0" FIXEDSIZE="TRUE" WIDTH="60" HEIGHT="10"><TR><TD></TD></TR></TABLE>>'
-    for n, members in enumerate(large.values()):
-        graph.add_subgraph(members, name=f"cluster_{n}", label=room, margin=10)
-    graph.layout("dot")
-    left, bottom, right, top = _numbers(graph.graph_attr["bb"])
-    frames = {}
-    for n, name in enumerate(large):
-        x0, y0, x1, y1 = _numbers(graph.get_subgraph(f"cluster_{n}").graph_attr["bb"])
-        frames[name] = (x0 - left, top - y1, x1 - left, top - y0)
-
-    def place(text: str) -> tuple[float, float]:
-        x, y = _numbers(text)
-        return x - left, top - y
-
-    lines = []
-    for edge in graph.edges():
-        tip, *points = edge.attr["pos"].removeprefix("e,").split()
-        lines.append((int(edge[0]), (*map(place, points), place(tip))))
-    centres = tuple(place(graph.get_node(k).attr["pos"]) for k in range(len(found)))
-    return _Places(centres, tuple(lines), frames, right - left, top - bottom)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def _colour(coupling: int) -> str:
@@ -297,13 +232,13 @@ def _colour(coupling: int) -> str:
     return f"hsl({coupling * 137.508 % 360:.1f} 50% 50%)"
 
 
-def _add(parent: xml.Element, tag: str, text: str = "", **attributes: object) -> xml.Element:
+def _add(parent: ET.Element, tag: str, text: str = "", **attributes: object) -> ET.Element:
     """A new element inside another; numbers are written with one decimal, ``class_`` as ``class``."""
     written = {
         name.rstrip("_").replace("_", "-"): f"{value:.1f}" if isinstance(value, float) else str(value)
         for name, value in attributes.items()
     }
-    child = xml.SubElement(parent, tag, written)
+    child = ET.SubElement(parent, tag, written)
     child.text = text or None
     return child
 
@@ -313,34 +248,34 @@ def _svg(
     found: list[Element],
     looks: list[_Look],
     couplings: Mapping[str, int],
-    places: _Places,
+    places: Places,
     hatch: str,
 ) -> str:
     keys = _keys(program, looks, couplings)
-    width = max(places.width + 24, 620.0)
-    columns = max(1, int((width - 24) // 300))
+    width = max(places.width + 24, 2 * _KEY_WIDTH + 24)
+    columns = max(1, int((width - 24) // _KEY_WIDTH))
     below = 52 + 22 * -(-len(keys) // columns)
-    root = xml.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "prunelab-network"})
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "prunelab-network"})
     height = places.height + below + 24
     root.attrib |= {"width": f"{width:.0f}", "height": f"{height:.0f}", "viewBox": f"0 0 {width:.0f} {height:.0f}"}
     _add(root, "style", _STYLE)
     pattern = _add(_add(root, "defs"), "pattern", id=hatch, width=6, height=6, patternUnits="userSpaceOnUse")
     pattern.set("patternTransform", "rotate(45)")
-    _add(pattern, "path", d="M0,0 V6", stroke="currentColor", stroke_opacity=0.25, stroke_width=2.4)
+    _add(pattern, "path", d="M0,0 V6", stroke="currentColor", stroke_opacity=0.14, stroke_width=2.4)
     _add(root, "rect", class_="paper", width="100%", height="100%")
     _add(root, "text", _heading(program), class_="head", x=12, y=26)
     for n, (kind, coupling, text) in enumerate(keys):
-        _key(root, kind, coupling, text, 12.0 + 300 * (n % columns), 42.0 + 22 * (n // columns), hatch)
+        _key(root, kind, coupling, text, 12.0 + _KEY_WIDTH * (n % columns), 42.0 + 22 * (n // columns), hatch)
     across = (width - places.width) / 2
     picture = _add(root, "g", class_="picture", transform=f"translate({across:.1f} {below + 4})")
     for name, (x0, y0, x1, y1) in places.stages.items():
         _add(picture, "rect", class_="stage", x=x0, y=y0, width=x1 - x0, height=y1 - y0, rx=8)
-        _add(picture, "text", name, class_="small", x=x0 + 8, y=y0 + 14)
+        _add(picture, "text", _short(name, 20), class_="small", x=x0 + 8, y=y0 + 14)
     for source, points in places.lines:
         _line(picture, points, looks[source].coupling)
     for element, look, (x, y) in zip(found, looks, places.centres, strict=True):
         _element(picture, element, look, x - look.width / 2, y - look.height / 2, hatch)
-    return xml.tostring(root, encoding="unicode")
+    return ET.tostring(root, encoding="unicode")
 
 
 def _heading(program: Program) -> str:
@@ -350,27 +285,27 @@ def _heading(program: Program) -> str:
 
 def _keys(program: Program, looks: list[_Look], couplings: Mapping[str, int]) -> list[tuple[str, int, str]]:
     """The legend: class, coupling and text of every entry."""
-    keys = [("free", 0, "free: its channels go without others")]
+    keys = [("free", 0, "free: not coupled with another")]
     if any(look.pinned for look in looks):
         keys.append(("pinned", 0, "pinned: cannot be removed"))
     for name, number in couplings.items():
         layer = program.layer(name)
-        keys.append(("coupled", number, f"{name}: {layer.channels} channels, {len(layer.producers)} boxes"))
+        keys.append(("coupled", number, f"{name}: {_channels(layer)}, {len(layer.producers)} boxes"))
     return keys
 
 
-def _key(parent: xml.Element, kind: str, coupling: int, text: str, x: float, y: float, hatch: str) -> None:
+def _key(parent: ET.Element, kind: str, coupling: int, text: str, x: float, y: float, hatch: str) -> None:
     group = _add(parent, "g", class_=kind)
     _frame(group, x, y, 26.0, 15.0, kind, coupling, hatch)
     if coupling:
         _badge(group, coupling, x + 13, y + 7.5)
     if kind == "pinned":
         _lock(group, x + 13, y + 6)
-    _add(group, "text", _shortened(text), x=x + 34, y=y + 11.5)
+    _add(group, "text", text, x=x + 34, y=y + 11.5)
 
 
 def _frame(
-    group: xml.Element, x: float, y: float, width: float, height: float, kind: str, coupling: int, hatch: str
+    group: ET.Element, x: float, y: float, width: float, height: float, kind: str, coupling: int, hatch: str
 ) -> None:
     round_ = 6.0 if height > 30 else height / 2
     frame = _add(group, "rect", class_="frame", x=x, y=y, width=width, height=height, rx=round_)
@@ -380,7 +315,7 @@ def _frame(
         frame.set("style", f"fill: url(#{hatch}); fill-opacity: 1")
 
 
-def _element(parent: xml.Element, element: Element, look: _Look, x: float, y: float, hatch: str) -> None:
+def _element(parent: ET.Element, element: Element, look: _Look, x: float, y: float, hatch: str) -> None:
     """A box with its texts, or the pill of a join or an end."""
     state = "coupled" if look.coupling else ("pinned" if look.pinned and element.kind == "box" else "free")
     group = _add(parent, "g", class_=f"{element.kind} {state}")
@@ -394,20 +329,20 @@ def _element(parent: xml.Element, element: Element, look: _Look, x: float, y: fl
     _add(group, "text", _short(element.name), class_="name", x=x + 10, y=y + 16)
     _add(group, "text", element.label, x=x + 10, y=y + 31)
     right = x + look.width - 10
-    if look.coupling:
-        _badge(group, look.coupling, right - 4, y + 12)
+    for coupling in sorted(look.couplings, reverse=True):
+        _badge(group, coupling, right - 4, y + 12)
         right -= 18
     if state == "pinned":
         _lock(group, right - 4, y + 12)
-        if element.weight is not None:
-            _add(group, "text", _shortened(look.pinned), class_="small", x=x + 10, y=y + 45)
+        for n, line in enumerate(look.reason):
+            _add(group, "text", line, class_="small", x=x + 10, y=y + 44 + 13 * n)
     elif look.kept is not None:
         kept, total = look.kept
         _add(group, "text", f"{kept} / {total}", class_="right", x=right, y=y + 16)
         _bar(group, x + 10, y + look.height - 9, look.width - 20, kept / total, look.coupling)
 
 
-def _bar(group: xml.Element, x: float, y: float, width: float, share: float, coupling: int) -> None:
+def _bar(group: ET.Element, x: float, y: float, width: float, share: float, coupling: int) -> None:
     """What stays, in colour, of what there was."""
     _add(group, "rect", class_="gone", x=x, y=y, width=width, height=4, rx=2)
     stays = _add(group, "rect", class_="stays", x=x, y=y, width=width * share, height=4, rx=2)
@@ -415,16 +350,16 @@ def _bar(group: xml.Element, x: float, y: float, width: float, share: float, cou
         stays.set("style", f"fill: {_colour(coupling)}")
 
 
-def _badge(group: xml.Element, coupling: int, x: float, y: float) -> None:
+def _badge(group: ET.Element, coupling: int, x: float, y: float) -> None:
     _add(group, "circle", cx=x, cy=y, r=7.5, style=f"fill: {_colour(coupling)}")
     _add(group, "text", str(coupling), class_="badge", x=x, y=y + 3.5)
 
 
-def _lock(group: xml.Element, x: float, y: float) -> None:
+def _lock(group: ET.Element, x: float, y: float) -> None:
     _add(group, "path", class_="lock", d=f"M{x - 4:.1f},{y:.1f} h8 v6 h-8 z m1.5,0 v-2 a2.5,2.5 0 0 1 5,0 v2")
 
 
-def _line(parent: xml.Element, points: tuple[tuple[float, float], ...], coupling: int) -> None:
+def _line(parent: ET.Element, points: tuple[tuple[float, float], ...], coupling: int) -> None:
     """A curve with an arrow's tip, in the colour of the channels that flow along it."""
     start, *curve, tip = points
     path = f"M{start[0]:.1f},{start[1]:.1f} C" + " ".join(f"{x:.1f},{y:.1f}" for x, y in curve)
@@ -439,5 +374,6 @@ def _line(parent: xml.Element, points: tuple[tuple[float, float], ...], coupling
         head.set("style", f"fill: {_colour(coupling)}")
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1].rstrip()}…"
+def _wrapped(reason: str) -> tuple[str, ...]:
+    """A reason in at most two lines; the tooltip has all of it."""
+    return tuple(textwrap.wrap(reason, _MOST_LETTERS, max_lines=2, placeholder=" …"))
