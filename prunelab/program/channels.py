@@ -18,7 +18,7 @@ from prunelab.program.nodes import Node, Ref
 from prunelab.program.rules import apply
 
 # Arguments (first) whose dimension (second) makes channels where they are weights; everything else follows them.
-_PRODUCERS: Mapping[str, tuple[tuple[str, int], ...]] = {
+PRODUCERS: Mapping[str, tuple[tuple[str, int], ...]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear", "bilinear"), (("weight", 0),)),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (("weight", 1),)),
     **dict.fromkeys(("embedding", "embedding_bag"), (("weight", 1),)),
@@ -181,7 +181,7 @@ def _layers(
         rows.append((makers, slot_list, roots, reason))
     rows.sort(key=lambda row: (producers[row[0][0]], row[2][0]))
     names = _names([makers for makers, *_ in rows])
-    users = _users(nodes)
+    users = users_of(nodes)
     return [
         Layer(
             name=name,
@@ -210,7 +210,7 @@ def _calls(
     origins = _origins(nodes)
     found: dict[tuple[str, int], list[int]] = {}
     for node in nodes:
-        for argument, dim in _weights(node):
+        for argument, dim in weights_of(node):
             dims, shape = values[argument], nodes[argument].shape
             if not origins[argument] or shape is None or len(shape) < 2 or not isinstance(dims, tuple):
                 continue
@@ -227,14 +227,14 @@ def _calls(
     return found
 
 
-def _weights(node: Node) -> list[tuple[int, int]]:
+def weights_of(node: Node) -> list[tuple[int, int]]:
     """The arguments of an operator that make channels if they are weights, each with the dimension that does."""
     if node.opname in RECURRENT:
         # One row for each: the hidden units that its first layer's state has.
         return [(node.args["params"][1].index, 1)]
     if node.opname == "einsum":
         return einsum_weights(node)
-    arguments = _PRODUCERS.get(node.opname, ())
+    arguments = PRODUCERS.get(node.opname, ())
     return [(ref.index, dim) for name, dim in arguments if isinstance(ref := node.args.get(name), Ref)]
 
 
@@ -336,15 +336,15 @@ def _kind(nodes: tuple[Node, ...], made: list[int]) -> str:
     return "stream" if len(made) > 1 else ("conv" if name.startswith("conv") else name)
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "silu", "hardswish", "sigmoid", "tanh", "gelu", "elu", "selu", "celu"),
     *("leaky_relu", "softplus", "mish", "prelu", "hardsigmoid"),
 }
-_NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
+NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 _CARRIERS = {"add", "cat", "dropout", "contiguous", "clone"}
 
 
-def _users(nodes: tuple[Node, ...]) -> dict[int, list[int]]:
+def users_of(nodes: tuple[Node, ...]) -> dict[int, list[int]]:
     """The nodes that read each value."""
     found: dict[int, list[int]] = defaultdict(list)
     for node in nodes:
@@ -375,8 +375,8 @@ def _sites(
 
 
 def _follow(at: int, nodes: tuple[Node, ...], users: Mapping[int, list[int]]) -> int:
-    while nodes[at].opname not in _ACTIVATIONS:
-        following = [u for u in users[at] if nodes[u].opname in _ACTIVATIONS | _NORMS]
+    while nodes[at].opname not in ACTIVATIONS:
+        following = [u for u in users[at] if nodes[u].opname in ACTIVATIONS | NORMS]
         following += [u for u in users[at] if nodes[u].opname in _CARRIERS]
         if not following:
             break

@@ -32,6 +32,8 @@ from prunelab.program.trace import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from prunelab.program.draw import Drawing
+
 
 class Layers(tuple[Layer, ...]):
     """The layers in order of execution; prints as a table, and becomes a DataFrame."""
@@ -201,6 +203,23 @@ class Program:
         """A name for the network's structure (not its weights): equal for equal layers."""
         parts = [(layer.name, layer.channels, layer.producers) for layer in self.structure.layers]
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def draw(self, selection: Selection = DENSE) -> Drawing:
+        """A picture of the network: a notebook shows it, ``draw().save("network.svg")`` keeps it.
+
+        One box stands for every operator with weights, with the norms and activations around it. Boxes whose
+        outputs go together share a colour and a number, what is pinned is hatched and says why; pointing at a
+        box shows the details.
+
+        Args:
+            selection: what is to be removed; every box then shows how many of its channels stay.
+
+        Raises:
+            PruneLabError: the selection does not fit the network.
+        """
+        from prunelab.program.draw import draw
+
+        return draw(self, selection)
 
     def __repr__(self) -> str:
         pinned = sum(bool(layer.pinned) for layer in self.layers)
