@@ -200,7 +200,7 @@ def test_damaged_json_is_refused_in_a_sentence(text: str) -> None:
         ('{"remove": "12"}', "must be whole numbers"),
         ('{"remove": [1.5]}', "must be whole numbers"),
         ('{"grain": "atom"}', "no grain 'atom'"),
-        ('{"grain": "block", "ratio": 0.5}', "not available yet"),
+        ('{"grain": "block", "ratio": 0.5}', "no grain 'block'"),
         ('{"ratio": 0.5, "std": 1}', "given ratio and std: choose one"),
         ('{"grain": "weight", "remove": [1]}', "not by number"),
     ],

@@ -27,7 +27,7 @@ from prunelab.explorer.desk import (
 )
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.worker import Worker
-from prunelab.plan import AVAILABLE_GRAINS, REPAIRS, Plan
+from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.train.finetune import Epoch
 
@@ -89,7 +89,7 @@ class Explorer(w.VBox):
                                      layout=w.Layout(width="230px"))  # fmt: skip
         self._repair = w.Dropdown(options=REPAIRS, value=self.lab.plan.repair, description="repair",
                                   layout=w.Layout(width="220px"))  # fmt: skip
-        self._grain = w.Dropdown(options=AVAILABLE_GRAINS, value="channel", description="all grains",
+        self._grain = w.Dropdown(options=GRAINS, value="channel", description="all grains",
                                  layout=w.Layout(width="190px"))  # fmt: skip
         self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios",
                                     continuous_update=False, readout_format=".0%",

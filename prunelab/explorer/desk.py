@@ -11,7 +11,7 @@ import numpy as np
 import traitlets
 
 from prunelab.explorer.lab import Lab
-from prunelab.plan import AVAILABLE_GRAINS, Plan, Setting, spread
+from prunelab.plan import GRAINS, Plan, Setting, spread
 from prunelab.preview import Estimate
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Term
@@ -37,7 +37,7 @@ class Desk(anywidget.AnyWidget):
     """Counts the user's changes."""
     revision = traitlets.Int(0).tag(sync=True)
     """Counts Python's changes."""
-    grains = traitlets.List(list(AVAILABLE_GRAINS)).tag(sync=True)
+    grains = traitlets.List(list(GRAINS)).tag(sync=True)
     """Grains to choose from."""
     terms: Any = traitlets.Dict().tag(sync=True)
     """Closed-form cost, for arithmetic in the browser."""

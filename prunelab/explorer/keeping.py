@@ -64,14 +64,24 @@ def write_network(program: Program, target: Path) -> None:
             save_file(_tensors(program.model), target)
 
 
+def record_of(cuts: Cuts) -> list[dict[str, Any]]:
+    """Cuts as JSON can hold them; :func:`cuts_of` is the reverse."""
+    return [{"kept": dict(cut_.kept), "bypassed": list(cut_.bypassed)} for cut_ in cuts]
+
+
+def cuts_of(record: list[dict[str, Any]]) -> Cuts:
+    """The reverse of :func:`record_of`."""
+    return tuple(Selection(kept=cut_["kept"], bypassed=tuple(cut_["bypassed"])) for cut_ in record)
+
+
 def rebuild(model: nn.Module, cuts: Cuts, state: Mapping[str, Tensor], example: Tensor) -> nn.Module:
     """A fresh model cut to the saved shapes, with the saved tensors.
 
     Raises:
         PruneLabError: the tensors are another network's.
     """
-    for kept in cuts:
-        model = cut(trace(model, example, prove=False), Selection(kept))
+    for selection in cuts:
+        model = cut(trace(model, example, prove=False), selection)
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:

@@ -10,8 +10,9 @@ from torch import Tensor
 from prunelab.preview import Preview
 from prunelab.profile.capture import Profile
 from prunelab.program.program import Program
+from prunelab.program.selection import Selection
 
-Cuts = tuple[Mapping[str, tuple[int, ...]], ...]
+Cuts = tuple[Selection, ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Stage:
         program: the traced network; ``profile`` what it does on the training set, once measured.
         preview: quick accuracy on the probe images.
         masks: weights held at zero, by parameter name.
-        cuts: what each commit kept, in order: the way from the first network's code to this one's shapes.
+        cuts: what each commit bypassed and kept, in order: the way from the first network's code to this one's shapes.
     """
 
     program: Program
