@@ -232,6 +232,9 @@ class Lab:
         if not plan.network:
             plan = replace(plan, network=self.stage.program.digest)
         self._resolve(plan)
+        # Under the layers' own names, whichever of their modules' paths they were given by.
+        settings = {self._own_name(plan, name): setting for name, setting in plan.settings.items()}
+        plan = replace(plan, settings=settings)
         if plan == self.plan:
             return
         if merge and self._past and self._past[-1][0] is self.stage:
@@ -271,6 +274,11 @@ class Lab:
         settings = self.plan.settings.items()
         locked = {layer.name for n, s in settings if s.locked and (layer := in_force(self.program, n))}
         return [layer for layer in self.program.layers if not layer.pinned and layer.name not in locked]
+
+    def _own_name(self, plan: Plan, name: str) -> str:
+        program = self.stage.program
+        layer = in_force(program.without(plan.bypassed), name)
+        return layer.name if layer is not None else program.layer(name).name
 
     def _resolve(self, plan: Plan) -> Selection:
         return plan.resolve(self.stage.program, self.profile, lambda layer: self._score(plan, layer))
