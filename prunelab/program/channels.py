@@ -281,11 +281,11 @@ def _kind(nodes: tuple[Node, ...], makers: list[tuple[str, int]]) -> str:
     return kinds[0] if len(makers) == 1 and kinds else ("stream" if len(makers) > 1 else "weight")
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     *("relu", "relu6", "hardtanh", "silu", "hardswish", "sigmoid", "tanh", "gelu", "elu", "selu", "celu"),
     *("leaky_relu", "softplus", "mish", "prelu", "hardsigmoid"),
 }
-_NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
+NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 _CARRIERS = {"add", "cat", "dropout", "contiguous", "clone"}
 
 
@@ -330,8 +330,8 @@ def _sites(
 
 
 def _follow(at: int, nodes: tuple[Node, ...], users: Mapping[int, list[int]]) -> int:
-    while nodes[at].opname not in _ACTIVATIONS:
-        following = [u for u in users[at] if nodes[u].opname in _ACTIVATIONS | _NORMS]
+    while nodes[at].opname not in ACTIVATIONS:
+        following = [u for u in users[at] if nodes[u].opname in ACTIVATIONS | NORMS]
         following += [u for u in users[at] if nodes[u].opname in _CARRIERS]
         if not following:
             break

@@ -6,11 +6,12 @@ does. Layers for which it does not are pinned, with the reason.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from prunelab.program.surgery import cut
 
 if TYPE_CHECKING:
     from prunelab.program.program import Program
+    from prunelab.program.units import Unit
 
 Calls = list[tuple[str, tuple[Any, ...]]]
 
@@ -110,6 +112,19 @@ class _Stand:
         blocks = SequenceMatcher(None, *self.dense, autojunk=False).get_matching_blocks()
         return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
 
+    def departure(self, base: _Stand) -> str:
+        """Why forward does not follow the program's bypasses, or ""; ``base`` is the network without them."""
+        said, error = self.forward(DENSE)
+        if error:
+            return error
+        expected, error = self.expected(DENSE)
+        if error:
+            return f"the network cannot be run without it: {error}"
+        pairs = zip(_unmatched(expected, said), _unmatched(*base.dense), strict=True)
+        if any(now > before for now, before in pairs):
+            return "your forward does not do the same when an identity stands in its place"
+        return ""
+
     def expected(self, selection: Selection) -> tuple[Calls, str]:
         """What the program calls on a cut, and why it fails, or ""."""
         bound = bind(self.program, selection, self.tensors.__getitem__)
@@ -134,13 +149,21 @@ class _Stand:
         return recorder.calls, ""
 
 
+def _unmatched(ours: Calls, theirs: Calls) -> tuple[int, int]:
+    """How many calls of each list have no counterpart in the other."""
+    if ours == theirs:
+        return 0, 0
+    matching = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    both = sum(block.size for block in matching)
+    return len(ours) - both, len(theirs) - both
+
+
 def unprovable(program: Program) -> dict[int, str]:
     """Classes of layers whose cut the user's forward does not follow, each with the reason, by label.
 
     All free layers are cut at once first; only when that fails are they searched, by halves.
     """
-    layers = program.structure.layers
-    free = [k for k, layer in enumerate(layers) if not layer.pinned and layer.channels > 1]
+    layers, free = program.structure.layers, _free(program)
 
     def search(stand: _Stand) -> dict[int, str]:
         return _search(free, lambda some: _first_reason(stand, _cuts(program, some)))
@@ -149,9 +172,64 @@ def unprovable(program: Program) -> dict[int, str]:
     return {label: reason for k, reason in bad.items() for label in layers[k].labels.tolist()}
 
 
+def provable(program: Program) -> bool:
+    """Whether the user's forward follows a cut of all free layers at once."""
+    free = _free(program)
+    return not free or not _try(program, lambda stand: _first_reason(stand, _cuts(program, free)))
+
+
+def _free(program: Program) -> list[int]:
+    """Places of the layers that a cut may make narrower."""
+    layers = enumerate(program.structure.layers)
+    return [k for k, layer in layers if not layer.pinned and layer.channels > 1]
+
+
 def refusal(program: Program, selection: Selection) -> str:
     """Why the user's forward does not follow this one cut, or ""."""
+    program = program.under(selection)
     return _try(program, lambda stand: stand.mismatch(selection)) if selection.kept else ""
+
+
+def departure(program: Program) -> str:
+    """Why the user's forward does not do what a program with bypassed units does, or ""."""
+    return _try(program, lambda stand: stand.departure(replace(stand, program=program.base)))
+
+
+def unprovable_bypasses(
+    program: Program, groups: list[list[Unit]], bypassed: Callable[[list[Unit]], Program]
+) -> set[Unit]:
+    """Units whose bypass the user's forward does not follow.
+
+    Args:
+        groups: units that can be tried at once.
+        bypassed: the program with some units of a group bypassed.
+    """
+
+    def search(stand: _Stand) -> set[Unit]:
+        def check(group: list[Unit], some: list[int]) -> str:
+            return replace(stand, program=bypassed([group[k] for k in some])).departure(stand)
+
+        return {group[k] for group in groups for k in _search([*range(len(group))], partial(check, group))}
+
+    return _try(program, search) if groups else set()
+
+
+def plainly_called(program: Program) -> frozenset[str]:
+    """Paths of modules that forward calls once, with one tensor and nothing else, and that give one tensor."""
+    for fake in (False, True):
+        with _stand(program, fake) as stand:
+            module = cut(program, DENSE, stand.tensors.__getitem__)
+            calls: dict[str, list[bool]] = defaultdict(list)
+
+            def note(path: str, _: Any, args: Any, kwargs: Any, result: Any, calls: Any = calls) -> None:
+                plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+                calls[path].append(plain and isinstance(result, Tensor))
+
+            for path, part in module.named_modules():
+                part.register_forward_hook(partial(note, path), with_kwargs=True)
+            if not stand.record(partial(module, *stand.args))[1]:
+                return frozenset(path for path, plain in calls.items() if path and plain == [True])
+    return frozenset()
 
 
 T = TypeVar("T")
@@ -216,7 +294,7 @@ def _stand(program: Program, fake: bool) -> Iterator[_Stand]:
             return value
         return mode.from_tensor(value.detach()) if mode is not None else value.detach().to("meta")
 
-    states = {name: empty(program.state(name)) for name in program.state_nodes}
+    states = {name: empty(program.state(name)) for name in program.base.state_nodes}
     args = tuple(tree_map(empty, a) for a in program.example)
     with eval_mode(program.model), quiet():
         yield _Stand(program, lambda: torch.device("meta") if mode is None else mode, states, args)
