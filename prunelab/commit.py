@@ -15,7 +15,7 @@ from prunelab.repair import repair as repaired_by
 
 
 def commit(program: Program, selection: Selection, *, repair: str = "none", images: Tensor | None = None) -> nn.Module:
-    """A new module of the user's own class with the selection's channels gone; the user's own is not touched.
+    """A new module of the user's own class without the selection's channels and units; the user's is not touched.
 
     Every attribute that describes a size (``out_channels``, ``num_features``, ``groups``, …) is right, single
     weights that the selection removes are zero, and training flags, hooks and ``requires_grad`` are those of

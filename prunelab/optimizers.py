@@ -120,6 +120,7 @@ def _cut(
     state: Mapping[str, Values], program: Program, selection: Selection, small: nn.Module
 ) -> dict[str, dict[str, Any]]:
     """The state of every parameter, tensors of the parameter's own shape cut as the selection cuts it."""
+    program = program.under(selection)
     before = dict(program.model.named_parameters())
     after = {name: p.shape for name, p in unwrap(small).named_parameters()}
     # Masks zero weights; what is remembered of them stays as it is.

@@ -26,10 +26,8 @@ from prunelab.program.selection import Selection
 REPAIRS = ("none", "least-squares")
 """How surviving weights can be corrected; see :mod:`prunelab.repair`."""
 
-GRAINS = ("block", "layer", "channel", "weight")
-"""What can be removed, coarse to fine."""
-
-AVAILABLE_GRAINS = ("channel", "weight")
+GRAINS = ("channel", "weight")
+"""What a setting can remove of a layer. Whole layers and blocks are units: :meth:`Plan.bypass` removes them."""
 
 Rule = Literal["none", "ratio", "std", "manual"]
 
@@ -75,10 +73,6 @@ class Setting:
             raise PruneLabError(f"The ratio of layer {layer!r} must lie in 0 to 1, not {self.ratio}.")
         if self.grain not in GRAINS:
             raise unknown("grain", str(self.grain), GRAINS)
-        if self.grain not in AVAILABLE_GRAINS:
-            raise PruneLabError(
-                f"The grain {self.grain!r} (layer {layer!r}) is not available yet; use 'channel' or 'weight'."
-            )
         if self.grain == "weight" and self.remove is not None:
             raise PruneLabError(f"Layer {layer!r}: single weights are chosen by ratio or std, not by number.")
         return Setting(ratio, std, _channels(self.remove, layer), self.grain, bool(self.locked))
@@ -112,6 +106,7 @@ class Plan:
         seed: for the criterion ``random``.
         network: digest of the network it was made for ("" for any that has these layers).
         repair: how the surviving weights are corrected, one of :data:`REPAIRS`.
+        bypassed: names of the layers and blocks that are removed whole, sorted; see ``program.units``.
     """
 
     criterion: str = "l1"
@@ -119,6 +114,7 @@ class Plan:
     seed: int = 0
     network: str = ""
     repair: str = "none"
+    bypassed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         get(self.criterion)
@@ -126,11 +122,14 @@ class Plan:
             raise unknown("repair", str(self.repair), REPAIRS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or self.seed < 0:
             raise PruneLabError(f"The seed of a plan must be a whole number from 0, not {self.seed!r}.")
+        if not isinstance(self.bypassed, list | tuple) or not all(isinstance(unit, str) for unit in self.bypassed):
+            raise PruneLabError(f"A plan's bypassed units must be a list of their names, not {self.bypassed!r}.")
         checked = {str(name): setting.checked(name) for name, setting in self.settings.items()}
         # A setting that says nothing is no setting: a plan that was cleared equals one that was never set.
         settings = {name: setting for name, setting in checked.items() if setting != Setting()}
         object.__setattr__(self, "seed", int(self.seed))
         object.__setattr__(self, "settings", MappingProxyType(settings))
+        object.__setattr__(self, "bypassed", tuple(sorted(set(self.bypassed))))
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -164,6 +163,24 @@ class Plan:
         old = self.settings.get(layer, Setting())
         return replace(self, settings={**self.settings, layer: replace(old, ratio=None, std=None, remove=None)})
 
+    def bypass(self, unit: str) -> Plan:
+        """A plan that removes a whole layer or block: its input passes through. Names are those of ``program.units``.
+
+        Settings of the layers inside rest until it is restored.
+        """
+        return replace(self, bypassed=(*self.bypassed, unit))
+
+    def restore(self, unit: str) -> Plan:
+        """A plan in which a bypassed layer or block is back, with the settings that it had.
+
+        Raises:
+            PruneLabError: the plan does not bypass it.
+        """
+        if unit not in self.bypassed:
+            listed = ", ".join(repr(name) for name in self.bypassed)
+            raise PruneLabError(f"The plan does not bypass {unit!r}; it bypasses {listed or 'nothing'}.")
+        return replace(self, bypassed=tuple(name for name in self.bypassed if name != unit))
+
     def to_json(self) -> str:
         """The plan as JSON text, keys sorted: equal plans have equal text."""
         settings = {
@@ -176,6 +193,7 @@ class Plan:
                 "seed": self.seed,
                 "network": self.network,
                 "repair": self.repair,
+                "bypassed": self.bypassed,
                 "settings": settings,
             },
             indent=1,
@@ -205,7 +223,7 @@ class Plan:
         head += [f"seed={self.seed}"] if self.seed else []
         head += [f"network={self.network!r}"] if self.network else []
         head += [f"repair={self.repair!r}"] if self.repair != "none" else []
-        lines = [f"pl.Plan({', '.join(head)})"]
+        lines = [f"pl.Plan({', '.join(head)})", *(f"    .bypass({unit!r})" for unit in self.bypassed)]
         for name, s in self.settings.items():
             given = {
                 k: v
@@ -233,24 +251,30 @@ class Plan:
     def resolve(
         self, program: Program, profile: Profile | None = None, score: Callable[[Layer], Scores] | None = None
     ) -> Selection:
-        """Which channels stay and which single weights are zeroed.
+        """Which units are bypassed, which channels stay and which single weights are zeroed: coarse to fine.
+
+        Settings are read for the network that the bypasses leave. A setting of a layer within a bypassed unit, of
+        one that a bypass couples to an earlier layer, or of one that a bypass pins, rests while it is so.
 
         Args:
             score: gives a layer's scores if they are known already; computed by the plan's criterion unless
                 given.
 
         Raises:
-            PruneLabError: a layer that is unknown, pinned or set twice, a channel that does not exist, a
-                layer's last channel, a criterion without its profile, or a plan made for another network.
+            PruneLabError: a layer or unit that is unknown, a layer that is pinned or set twice, a channel that does
+                not exist, a layer's last channel, a criterion without its profile, or a plan made for another network.
         """
-        if self.network and self.network != program.digest:
+        if self.network and self.network != program.base.digest:
             raise PruneLabError("This plan was made for another network; its layers are not those of this one.")
+        program = program.without(self.bypassed)
         score = score or (lambda layer: scores(program, profile, self.criterion, layer, self.seed))
         kept: dict[str, tuple[int, ...]] = {}
         masks: dict[str, Tensor] = {}
         seen: dict[str, str] = {}
         for name, setting in self.settings.items():
-            layer = program.layer(name)
+            layer = in_force(program, name)
+            if layer is None:
+                continue
             if layer.name in seen:
                 raise PruneLabError(f"The plan sets layer {layer.name!r} twice, as {seen[layer.name]!r} and {name!r}.")
             seen[layer.name] = name
@@ -264,22 +288,36 @@ class Plan:
             gone = removed(setting, np.zeros(0) if setting.rule == "manual" else score(layer), layer)
             if gone.size:
                 kept[layer.name] = tuple(sorted(set(range(layer.channels)) - set(gone.tolist())))
-        return Selection(kept, masks)
+        return Selection(kept, masks, program.bypassed)
+
+
+def in_force(program: Program, name: str) -> Layer | None:
+    """The layer with this name, or None where its setting rests: a bypass removed it, pinned it or tied it to another.
+
+    Raises:
+        PruneLabError: there is no such layer in the whole network either, with the nearest names.
+    """
+    named = {layer.name: layer for layer in program.structure.layers}
+    layer = named.get(name) or named.get(program.base.layer(name).name)
+    pinned_now = layer is not None and layer.pinned and not program.base.layer(name).pinned
+    return None if pinned_now else layer
 
 
 _KEYS = {f.name for f in fields(Plan)}
+_CHANGES = ("set", "bypass")
 
 
 def _from_tree(tree: ast.expr) -> Plan:
     changes: list[ast.Call] = []
-    while isinstance(tree, ast.Call) and isinstance(tree.func, ast.Attribute) and tree.func.attr == "set":
+    while isinstance(tree, ast.Call) and isinstance(tree.func, ast.Attribute) and tree.func.attr in _CHANGES:
         changes.append(tree)
         tree = tree.func.value
     if not isinstance(tree, ast.Call) or ast.unparse(tree.func) not in ("pl.Plan", "prunelab.Plan", "Plan"):
         raise PruneLabError("This is not a plan in Python: it must read pl.Plan(…).set(…)….")
     plan = Plan(*_values(tree), **_named_values(tree))
     for change in reversed(changes):
-        plan = plan.set(*_values(change), **_named_values(change))
+        assert isinstance(change.func, ast.Attribute)
+        plan = getattr(plan, change.func.attr)(*_values(change), **_named_values(change))
     return plan
 
 

@@ -49,8 +49,13 @@ def repair(program: Program, selection: Selection, how: str, images: Tensor | No
 
 
 def _least_squares(program: Program, selection: Selection, images: Tensor) -> dict[str, Tensor]:
-    """Walk the uncut and the cut network side by side; solve where a layer has lost inputs."""
-    dense, cut = bind(program), bind(program, selection)
+    """Walk the uncut and the cut network side by side; solve where a layer has lost inputs.
+
+    The uncut network is the whole one: where units are bypassed, the layers after them make up for that too.
+    """
+    program = program.under(selection)
+    whole = program.base
+    dense, cut = bind(whole), bind(program, selection)
     gone = removed_labels(program, selection)
     label = program.structure.label
     repaired: dict[str, Tensor] = {}
@@ -60,7 +65,7 @@ def _least_squares(program: Program, selection: Selection, images: Tensor) -> di
     feeds = [iter(inputs_of(program, images.to(dense.device))) for _ in range(2)]
     with torch.no_grad():
         for node in program.nodes:
-            before[node.index] = dense.value(node, before, feeds[0])
+            before[node.index] = dense.value(whole.nodes[node.index], before, feeds[0])
             if _repairable(program, node, once):
                 dims = program.structure.values[node.args["weight"].index]
                 assert isinstance(dims, tuple)
@@ -68,8 +73,9 @@ def _least_squares(program: Program, selection: Selection, images: Tensor) -> di
                     wanted = _kept(before[node.index], program.structure.values[node.index], label, gone)
                     repaired.update(_solve(program, node, now, wanted, selection))
             now[node.index] = cut.value(node, now, feeds[1])
-            for dead in program.last_used[node.index]:
-                del before[dead], now[dead]
+            for values, last_used in ((before, whole.last_used), (now, program.last_used)):
+                for dead in last_used[node.index]:
+                    del values[dead]
     return repaired
 
 

@@ -233,3 +233,25 @@ def test_optimizers_that_were_not_saved_or_are_others_are_refused(tmp_path: Path
     old.param_groups[0]["schedule"] = len
     with pytest.raises(pl.PruneLabError, match="This SGD cannot be saved without pickle"):
         pl.save(tmp_path, model, old)
+
+
+def test_state_of_a_bypassed_unit_is_left_out_and_the_network_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = pl.zoo.resnet20().double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    old = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(images).square().mean().backward()
+    old.step()
+    program = pl.trace(model, images)
+    selection = pl.Selection({"layer1.0.conv1": tuple(range(0, 16, 2))}, bypassed=("layer1.1",))
+    small = pl.commit(program, selection)
+    new = pl.carry(old, program, selection, small)
+    names = {n for n, _ in small.named_parameters()}
+    assert names < {n for n, _ in model.named_parameters()}
+    assert {id(p) for p in new.state} == {id(p) for p in small.parameters()}
+    momentum = old.state[model.get_parameter("layer1.0.conv1.weight")]["momentum_buffer"]
+    assert torch.equal(new.state[small.get_parameter("layer1.0.conv1.weight")]["momentum_buffer"], momentum[::2])
+    pl.save(tmp_path, small, new)
+    back = pl.load(tmp_path, lambda: pl.zoo.resnet20().double())
+    with torch.no_grad():
+        assert torch.equal(back(images), small(images))
+    assert len(pl.load_optimizer(tmp_path, back, SGD).state) == len(names)

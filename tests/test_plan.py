@@ -42,6 +42,7 @@ plans = st.builds(
     seed=st.integers(0, 2**40),
     network=names,
     repair=st.sampled_from(REPAIRS),
+    bypassed=st.lists(names, max_size=3),
 )
 
 
@@ -66,7 +67,7 @@ def test_nothing_changes_in_place() -> None:
 @given(plans, plans)
 def test_equal_plans_have_equal_hashes_and_equal_text(a: pl.Plan, b: pl.Plan) -> None:
     assert (a == b) == (a.to_json() == b.to_json())
-    again = pl.Plan(a.criterion, dict(reversed(a.settings.items())), a.seed, a.network, a.repair)
+    again = pl.Plan(a.criterion, dict(reversed(a.settings.items())), a.seed, a.network, a.repair, a.bypassed[::-1])
     assert again == a
     assert hash(again) == hash(a)
     assert len({a, again}) == 1
@@ -86,8 +87,11 @@ def test_python_and_back(plan: pl.Plan) -> None:
 
 def test_what_it_looks_like() -> None:
     plan = pl.Plan("apoz").set("conv2", ratio=0.5).set("fc1", std=1.0, locked=True).set("conv1", remove=[3, 1])
+    plan = plan.bypass("layer1.1")
+    assert json.loads(plan.to_json())["bypassed"] == ["layer1.1"]
     assert plan.to_python() == (
-        "(\n    pl.Plan(criterion='apoz')\n    .set('conv2', ratio=0.5)\n    .set('fc1', std=1.0, locked=True)\n"
+        "(\n    pl.Plan(criterion='apoz')\n    .bypass('layer1.1')\n"
+        "    .set('conv2', ratio=0.5)\n    .set('fc1', std=1.0, locked=True)\n"
         "    .set('conv1', remove=(1, 3))\n)"
     )
     assert json.loads(plan.to_json())["settings"]["conv1"] == {"grain": "channel", "remove": [1, 3]}
@@ -200,7 +204,7 @@ def test_damaged_json_is_refused_in_a_sentence(text: str) -> None:
         ('{"remove": "12"}', "must be whole numbers"),
         ('{"remove": [1.5]}', "must be whole numbers"),
         ('{"grain": "atom"}', "no grain 'atom'"),
-        ('{"grain": "block", "ratio": 0.5}', "not available yet"),
+        ('{"grain": "block", "ratio": 0.5}', "no grain 'block'"),
         ('{"ratio": 0.5, "std": 1}', "given ratio and std: choose one"),
         ('{"grain": "weight", "remove": [1]}', "not by number"),
     ],
@@ -378,3 +382,73 @@ def test_a_plan_of_a_network_fits_its_like_and_no_other(program: pl.Program) -> 
     other = pl.trace(zoo.LeNet((20, 40, 500)), torch.randn(2, 1, 28, 28))
     with pytest.raises(pl.PruneLabError, match="another network"):
         plan.resolve(other)
+
+
+# Units ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def residual() -> pl.Program:
+    return pl.trace(pl.zoo.resnet20(in_channels=1).eval(), torch.randn(2, 1, 32, 32))
+
+
+def test_bypass_and_restore() -> None:
+    plan = pl.Plan().bypass("b").bypass("a").bypass("b")
+    assert plan.bypassed == ("a", "b")
+    assert plan.restore("a").restore("b") == pl.Plan()
+    with pytest.raises(pl.PruneLabError, match="does not bypass 'c'; it bypasses 'a', 'b'"):
+        plan.restore("c")
+    with pytest.raises(pl.PruneLabError, match="it bypasses nothing"):
+        pl.Plan().restore("c")
+    with pytest.raises(pl.PruneLabError, match="list of their names, not 'layer1'"):
+        pl.Plan(bypassed="layer1")  # type: ignore[arg-type]
+
+
+def test_settings_inside_rest_and_come_back(residual: pl.Program) -> None:
+    plan = pl.Plan().set("layer1.1.conv1", ratio=0.5).set("layer1.1.conv2", ratio=0.25).bypass("layer1.1")
+    selection = plan.resolve(residual)
+    # The second convolution names a stream that is still there: its setting stays in force.
+    assert selection.kept.keys() == {"layer1 stream"}
+    assert selection.bypassed == ("layer1.1",)
+    assert plan.restore("layer1.1").resolve(residual).kept.keys() == {"layer1 stream", "layer1.1.conv1"}
+    masks = pl.Plan().set("layer1.1.conv1", ratio=0.5, grain="weight").bypass("layer1.1").resolve(residual).masks
+    assert not masks
+
+
+def test_a_setting_rests_where_a_bypass_pins_its_layer() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4)).eval()
+    program = pl.trace(model, torch.randn(2, 3))
+    plan = pl.Plan().set("0", ratio=0.5)
+    assert plan.resolve(program).kept
+    assert not plan.bypass("1").resolve(program).kept
+    assert "network's outputs" in program.without(["1"]).layer("0").pinned
+
+
+def test_coupled_layers_follow_the_first() -> None:
+    class Joined(torch.nn.Module):
+        """The block between two convolutions keeps their channels apart."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Conv2d(3 if k == 0 else 4, 4, 1) for k in range(3))
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a = self.a(x)
+            logits: torch.Tensor = self.head((self.b(a) + self.c(a.relu())).mean((2, 3)))
+            return logits
+
+    torch.manual_seed(0)
+    program = pl.trace(Joined().eval(), torch.randn(2, 3, 5, 5))
+    plan = pl.Plan().set("a", ratio=0.5).set("c", ratio=0.75)
+    assert {len(k) for k in plan.resolve(program).kept.values()} == {2, 1}
+    joined = plan.bypass("b").resolve(program)
+    assert {name: len(kept) for name, kept in joined.kept.items()} == {"a": 2}
+    small = pl.commit(program, joined)
+    assert small.c.weight.shape == (2, 2, 1, 1)
+
+
+def test_units_that_do_not_exist_are_named_with_their_neighbours(residual: pl.Program) -> None:
+    with pytest.raises(pl.PruneLabError, match=r"no layer or block to bypass 'layer1.7'.*'layer1.1'"):
+        pl.Plan().bypass("layer1.7").resolve(residual)

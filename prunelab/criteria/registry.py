@@ -73,7 +73,8 @@ def get(name: str) -> Criterion:
 def scores(program: Program, profile: Profile | None, criterion: str, layer: Layer, seed: int = 0) -> Scores:
     """Scores of a layer's channels, shape ``(channels,)``, higher = keep.
 
-    Where several producers or sites make up the layer (a residual stream), the mean of their scores.
+    Where several producers or sites make up the layer (a residual stream), the mean of their scores. Where units are
+    bypassed, a profile is still that of the whole network, and its sites are those that are still there.
 
     Raises:
         PruneLabError: the criterion is unknown, needs a profile that is not there, or gave scores that are
@@ -87,10 +88,10 @@ def scores(program: Program, profile: Profile | None, criterion: str, layer: Lay
         found = [chosen.function(layer.channels, np.random.default_rng([seed, zlib.crc32(layer.name.encode())]))]
     elif profile is None:
         raise PruneLabError(f"The criterion {criterion!r} needs a profile: run profile(program, data) first.")
-    elif profile.program is not program and profile.program.digest != program.digest:
+    elif profile.program is not program.base and profile.program.digest != program.base.digest:
         raise PruneLabError("The profile is of another network: run profile(program, data) for this one.")
     else:
-        found = [_take(chosen.function(s), at) for s, at in profile.of(layer)]
+        found = [_profiled(program, profile, chosen, layer)]
     values = [np.asarray(f, np.float64) for f in found]
     if any(v.shape != (layer.channels,) or not np.isfinite(v).all() for v in values):
         raise PruneLabError(
@@ -98,6 +99,29 @@ def scores(program: Program, profile: Profile | None, criterion: str, layer: Lay
             "finite numbers."
         )
     return np.asarray(np.mean(values, axis=0), np.float64)
+
+
+def _profiled(program: Program, profile: Profile, criterion: Criterion, layer: Layer) -> Any:
+    """Scores from a profile of the whole network, channel by channel of the layers that they belong to there."""
+    owners, channels = program.origins(layer)
+    old = {k: program.base.structure.layers[k] for k in np.unique(owners).tolist()}
+    found = {k: _seen(program, profile, criterion, before) for k, before in old.items()}
+    wrong = [values for k, values in found.items() if values.shape != (old[k].channels,)]
+    if wrong:
+        return wrong[0]
+    return np.array([found[k][c] for k, c in zip(owners.tolist(), channels.tolist(), strict=True)])
+
+
+def _seen(program: Program, profile: Profile, criterion: Criterion, layer: Layer) -> Scores:
+    """Mean scores of a layer of the whole network at the sites that bypasses have left, or at all if none is left."""
+    here = [program.nodes[site] is program.base.nodes[site] for site in layer.sites]
+    found = [
+        _take(criterion.function(statistics), at)
+        for (statistics, at), there in zip(profile.of(layer), here, strict=True)
+        if there or not any(here)
+    ]
+    wrong = [values for values in found if values.shape != (layer.channels,)]
+    return wrong[0] if wrong else np.asarray(np.mean(found, axis=0), np.float64)
 
 
 def _take(values: Any, at: NDArray[np.int64]) -> Scores:

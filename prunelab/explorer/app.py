@@ -6,6 +6,7 @@ import html
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from prunelab.explorer.desk import (
     plan_of,
     rows_of,
     terms_of,
+    units_of,
 )
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.worker import Worker
-from prunelab.plan import AVAILABLE_GRAINS, REPAIRS, Plan
+from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.train.finetune import Epoch
 
@@ -89,7 +91,7 @@ class Explorer(w.VBox):
                                      layout=w.Layout(width="230px"))  # fmt: skip
         self._repair = w.Dropdown(options=REPAIRS, value=self.lab.plan.repair, description="repair",
                                   layout=w.Layout(width="220px"))  # fmt: skip
-        self._grain = w.Dropdown(options=AVAILABLE_GRAINS, value="channel", description="all grains",
+        self._grain = w.Dropdown(options=GRAINS, value="channel", description="all grains",
                                  layout=w.Layout(width="190px"))  # fmt: skip
         self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios",
                                     continuous_update=False, readout_format=".0%",
@@ -154,9 +156,13 @@ class Explorer(w.VBox):
 
     def _show_network(self) -> None:
         """Everything that a new network or criterion changes."""
-        self.desk.header = header_of(self.lab)
-        self.desk.rows = rows_of(self.lab)
-        self.desk.terms = terms_of(self.lab)
+        # Rows, units and terms belong together: in one message, or the browser would draw some with the others' old.
+        with self.desk.hold_sync():
+            self.desk.header = header_of(self.lab)
+            self.desk.rows = rows_of(self.lab)
+            self.desk.units = units_of(self.lab)
+            self.desk.terms = terms_of(self.lab)
+            self.desk.layers = layers_of(self.lab)
         if self.desk.selected not in {r["name"] for r in self.desk.rows}:
             self.desk.selected = next((r["name"] for r in self.desk.rows if not r["pinned"]), "")
         self._show_plan()
@@ -195,7 +201,9 @@ class Explorer(w.VBox):
             self._draw_scatter()
 
     def _draw_details(self) -> None:
-        self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+        # The row may have gone with a block meanwhile.
+        if self.desk.selected in {layer.name for layer in self.lab.program.layers}:
+            self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
 
     def _draw_scatter(self) -> None:
         self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
@@ -255,7 +263,14 @@ class Explorer(w.VBox):
             # While the kernel is busy a message overtakes the edits made before it: it waits for them.
             self._held.append(content)
             return
-        actions = {"undo": self.lab.undo, "redo": self.lab.redo, "reset": self.lab.reset}
+        unit = str(content.get("unit", ""))
+        actions: dict[str, Callable[[], None]] = {
+            "undo": self.lab.undo,
+            "redo": self.lab.redo,
+            "reset": self.lab.reset,
+            "bypass": partial(self.lab.bypass, unit),
+            "restore": partial(self.lab.restore, unit),
+        }
         action = actions.get(content.get("do", ""))
         if action is not None:
             self._guard(lambda: self._change(action))
@@ -397,6 +412,8 @@ class Explorer(w.VBox):
             f"<tr><td>{html.escape(layer.name)}</td><td>{layers[layer.name]['kept']}/{layer.channels}</td>"
             f"<td>{html.escape(layer.pinned)}</td></tr>"
             for layer in self.lab.program.layers
+        ) + "".join(
+            f"<tr><td>{html.escape(unit)}</td><td>removed</td><td></td></tr>" for unit in self.lab.plan.bypassed
         )
         last = self.lab.points[-1] if self.lab.points else None
         accuracy = f", accuracy {last.accuracy:.2%} on {last.n:,} images" if last else ""

@@ -2,6 +2,14 @@
 
 // ---- the table --------------------------------------------------------------------------------------------------
 
+/** Rows and units in order of execution: a unit stands before the rows of what it holds, or held. */
+function inOrder(rows, units) {
+  const before = (at) => units.filter((unit) => unit.at === at);
+  return [...rows.flatMap((row, at) => [...before(at), row]), ...before(rows.length)];
+}
+
+const isUnit = (row) => "removed" in row;
+
 /** Consecutive rows of one stage, as [stage, rows]; a stage of one row gets no header of its own. */
 function runsOf(rows) {
   if (rows.length < GROUP_FROM) return [["", rows]];
@@ -21,6 +29,8 @@ function makeTable() {
   const node = h("div", { class: "pl-scroll" }, table);
   const folded = new Set();
   let [views, stages, bodies, shape] = [new Map(), [], [], null];
+  const keyOf = (row) => (isUnit(row) ? `unit ${row.name}` : row.name);
+  const viewOf = (row) => (isUnit(row) ? makeUnitRow(row) : row.pinned ? makePinnedRow(row) : makeRow(row));
 
   const build = (rows) => {
     const focused = node.getRootNode().activeElement;
@@ -28,13 +38,14 @@ function makeTable() {
     bodies.forEach((body) => body.remove());
     [views, stages, bodies] = [new Map(), [], []];
     const runs = runsOf(rows);
-    const sizes = runs.map(([, members]) => members.reduce((sum, row) => sum + row.channels, 0));
+    const sizes = runs.map(([, members]) => members.reduce((sum, row) => sum + (row.channels ?? 0), 0));
     node.style.setProperty("--digits", String(Math.max(0, ...sizes)).length);
     for (const [stage, members] of runs) {
-      const group = stage ? makeStage(stage, members, folded) : { body: h("tbody") };
-      if (stage) stages.push({ update: group.update, members: members.map((row) => row.name) });
-      for (const row of members) views.set(row.name, row.pinned ? makePinnedRow(row) : makeRow(row));
-      group.body.append(...members.map((row) => views.get(row.name).node));
+      const layers = members.filter((row) => !isUnit(row)).map((row) => row.name);
+      const group = stage ? makeStage(stage, layers.length, folded) : { body: h("tbody") };
+      if (stage) stages.push({ update: group.update, members: layers });
+      for (const row of members) views.set(keyOf(row), viewOf(row));
+      group.body.append(...members.map((row) => views.get(keyOf(row)).node));
       bodies.push(...(stage ? [group.head, group.body] : [group.body]));
     }
     const nothing = h("tr", {}, h("td", { class: "c-wide", colspan: COLUMNS.length }, "No layers yet."));
@@ -44,9 +55,10 @@ function makeTable() {
     const held = ({ dataset }) => dataset.layer === focus.layer && dataset.field === focus.field;
     [...table.querySelectorAll("[data-field]")].find(held)?.focus({ preventScroll: true });
   };
-  const update = (rows, entryOf, grains, selected) => {
-    const now = JSON.stringify(rows.map((row) => [row.name, Boolean(row.pinned), row.stage]));
-    if (now !== shape) build(rows); // otherwise every node stays, and with it focus and a drag under way
+  const update = (rows, units, entryOf, grains, selected) => {
+    const all = inOrder(rows, units);
+    const now = JSON.stringify(all.map((row) => [keyOf(row), Boolean(row.pinned), row.stage, row.unit, row.removed]));
+    if (now !== shape) build(all); // otherwise every node stays, and with it focus and a drag under way
     shape = now;
     const largest = rows.reduce((most, row) => Math.max(most, row.params_share, row.flops_share), 0);
     for (const row of rows) {
@@ -56,6 +68,7 @@ function makeTable() {
       Object.assign(view, { row, entry, grains });
       setAttribute(view.node, "aria-current", row.name === selected ? "true" : null);
     }
+    for (const unit of units) views.get(keyOf(unit)).update(unit, largest);
     for (const stage of stages) stage.update(stage.members.map((name) => views.get(name).row), entryOf);
   };
   return { node, update };
@@ -109,10 +122,10 @@ function render({ model, el }) {
   }
   function draw() {
     [frame, figuresCame] = [0, false];
-    const [rows, status, estimate] = [get("rows", []), get("status", {}), get("estimate", {})];
-    const anySet = rows.some((row) => !row.pinned && !entryOf(row).locked && entryOf(row).rule !== "none");
+    const [rows, units, status, estimate] = [get("rows", []), get("units", []), get("status", {}), get("estimate", {})];
+    const anySet = units.some((unit) => unit.removed) || rows.some((row) => !row.pinned && !entryOf(row).locked && entryOf(row).rule !== "none");
     header.update(get("header", {}), get("can", {}), anySet);
-    table.update(rows, entryOf, get("grains", []), get("selected", ""));
+    table.update(rows, units, entryOf, get("grains", []), get("selected", ""));
     drawCosts(rows);
     totals.measured(estimate, estimate.state !== "ready" || !isFresh("estimate"));
     foot.update(status);
@@ -123,8 +136,8 @@ function render({ model, el }) {
     const live = liveCost(get("terms", null), rows, entryOf);
     if (!live || (!stale && !hand)) return totals.costs(figures, { costs: stale, bytes: stale, nonzero: stale });
     // Weights of one width make the bytes exact; otherwise they are a guess until Python answers, and look like one.
-    const uneven = figures.bytes0 % live.params0 !== 0;
-    const bytes = (figures.bytes0 * live.params) / live.params0;
+    const uneven = figures.bytes0 % figures.params0 !== 0;
+    const bytes = (figures.bytes0 * live.params) / figures.params0;
     return totals.costs({ ...figures, ...live, bytes }, { costs: false, bytes: stale && uneven, nonzero: stale });
   }
 
@@ -148,12 +161,12 @@ function render({ model, el }) {
       paint();
     }, wait);
   }
-  function command(name) {
+  function command(name, more = {}) {
     saver.flush();
     clearTimeout(rest);
     [hand, owed] = [null, false]; // what comes back is asked for, so no row is held against it
     // While the kernel is busy a message overtakes the traits saved before it, so it names the edit it follows.
-    model.send({ do: name, edits: get("edits", 0) });
+    model.send({ do: name, ...more, edits: get("edits", 0) });
   }
   function onInput({ target }) {
     const row = target.dataset.field && rowOf(target.dataset.layer);
@@ -180,6 +193,8 @@ function render({ model, el }) {
     onFocus(event);
     const row = rowOf(event.target.closest('[data-field="lock"]')?.dataset.layer);
     if (row) edit(row, { locked: !entryOf(row).locked });
+    const unit = event.target.closest('[data-field="unit"]')?.dataset;
+    if (unit) command(unit.do, { unit: unit.layer });
   }
   function onClear({ target }) {
     const row = target.type === "range" && !target.disabled && rowOf(target.dataset.layer);
@@ -216,7 +231,7 @@ function render({ model, el }) {
   };
   const traits = { layers: onLayers, revision: onLayers, figures: answered("figures"), estimate: answered("estimate"),
     edits: () => Object.assign(fresh, { figures: false, estimate: false }) };
-  for (const name of ["header", "rows", "grains", "terms", "status", "can", "selected"]) traits[name] = paint;
+  for (const name of ["header", "rows", "units", "grains", "terms", "status", "can", "selected"]) traits[name] = paint;
   const events = { input: onInput, change: onRelease, pointerdown: onPress, click: onClick, focusin: onFocus,
     dblclick: onClear, keydown: onKey };
   const ups = ["pointerup", "pointercancel"]; // a drag may end anywhere in the page

@@ -11,10 +11,12 @@ import numpy as np
 import traitlets
 
 from prunelab.explorer.lab import Lab
-from prunelab.plan import AVAILABLE_GRAINS, Plan, Setting, spread
+from prunelab.plan import GRAINS, Plan, Setting, spread
 from prunelab.preview import Estimate
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Term
+from prunelab.program.program import Program
+from prunelab.program.units import Unit
 
 _HERE = Path(__file__).parent
 
@@ -30,6 +32,9 @@ class Desk(anywidget.AnyWidget):
     """Title and note above the rows."""
     rows: Any = traitlets.List().tag(sync=True)
     """One dict per layer: name, kind, channels, members, pinned, scores, mean, std, shares, stage."""
+    units: Any = traitlets.List().tag(sync=True)
+    """Blocks that can be removed whole, and blocks and layers that are: name, kind, removed, at (how many rows come
+    before), stage, shares. A layer that can be removed has its unit's name in its row."""
     layers: Any = traitlets.Dict().tag(sync=True)
     """By layer name: rule, value, grain, locked, kept. Written by the browser (with ``edits``) and by Python (with
     ``revision``); whole, so that coalesced changes lose nothing."""
@@ -37,7 +42,7 @@ class Desk(anywidget.AnyWidget):
     """Counts the user's changes."""
     revision = traitlets.Int(0).tag(sync=True)
     """Counts Python's changes."""
-    grains = traitlets.List(list(AVAILABLE_GRAINS)).tag(sync=True)
+    grains = traitlets.List(list(GRAINS)).tag(sync=True)
     """Grains to choose from."""
     terms: Any = traitlets.Dict().tag(sync=True)
     """Closed-form cost, for arithmetic in the browser."""
@@ -70,10 +75,11 @@ def header_of(lab: Lab) -> dict[str, str]:
 def rows_of(lab: Lab) -> list[dict[str, Any]]:
     """What the browser needs to draw each row and to turn a slider into a cut."""
     shares = {r["name"]: (r["params"], r["flops"]) for r in lab.program.layers.rows()}
-    return [_row(lab, layer, *shares[layer.name]) for layer in lab.program.layers]
+    units = {unit.name for unit in lab.program.units if unit.grain == "layer"}
+    return [_row(lab, layer, *shares[layer.name], units) for layer in lab.program.layers]
 
 
-def _row(lab: Lab, layer: Layer, params: float, flops: float) -> dict[str, Any]:
+def _row(lab: Lab, layer: Layer, params: float, flops: float, units: set[str]) -> dict[str, Any]:
     score = np.zeros(0) if layer.pinned else lab.scores(layer.name)
     mean, std = spread(score) if score.size else (0.0, 0.0)
     return {
@@ -88,7 +94,46 @@ def _row(lab: Lab, layer: Layer, params: float, flops: float) -> dict[str, Any]:
         "params_share": params,
         "flops_share": flops,
         "stage": layer.stage,
+        "unit": layer.members[0] if len(layer.members) == 1 and layer.members[0] in units else "",
     }
+
+
+def units_of(lab: Lab) -> list[dict[str, Any]]:
+    """Blocks that can be removed, and units that are, in order of execution.
+
+    What lies in a removed unit is not shown, nor is a block that holds the same as the one around it.
+    """
+    program, removed = lab.program, lab.plan.bypassed
+    units, shares = program.units, program.units.shares
+    places = _places(program)
+    shown: list[Unit] = []
+    for unit in units:
+        around = [other for other in units if other is not unit and all(other.holds(m) for m in unit.modules)]
+        wrapped = any(shares[other.name] == shares[unit.name] for other in around)
+        offered = unit.name in removed or (unit.grain == "block" and not wrapped)
+        if offered and not any(other.name in removed for other in around):
+            shown.append(unit)
+    return [
+        {
+            "name": unit.name,
+            "kind": unit.grain,
+            "removed": unit.name in removed,
+            "at": sum(place < unit.first for place in places),
+            "stage": unit.name.split(".")[0] if unit.grain == "block" or "." in unit.name else "",
+            "params_share": shares[unit.name][0],
+            "flops_share": shares[unit.name][1],
+        }
+        for unit in shown
+    ]
+
+
+def _places(program: Program) -> list[int]:
+    """For every row, the first node that reads a weight of its producers."""
+    first: dict[str, int] = {}
+    for node in program.nodes:
+        for i in node.inputs:
+            first.setdefault(program.nodes[i].target, node.index)
+    return [min(first[state] for state, _ in layer.producers) for layer in program.layers]
 
 
 def layers_of(lab: Lab) -> dict[str, dict[str, Any]]:
@@ -109,8 +154,8 @@ def layers_of(lab: Lab) -> dict[str, dict[str, Any]]:
 
 
 def plan_of(layers: dict[str, dict[str, Any]], old: Plan) -> Plan:
-    """The browser's map as a plan; channels chosen by hand stay those of the old plan."""
-    settings = {}
+    """The browser's map as a plan; channels chosen by hand, and settings without a row, stay those of the old plan."""
+    settings = {name: setting for name, setting in old.settings.items() if name not in layers}
     for name, entry in layers.items():
         before = old.settings.get(name, Setting())
         rule, value = entry.get("rule"), float(entry.get("value") or 0.0)

@@ -15,7 +15,7 @@ const COLUMNS = [
   ["ratio", "ratio", "Share of the units removed, lowest scores first"],
   ["std", "std", "Removes units scoring more than this many standard deviations (σ) below the layer's mean"],
   ["grain", "grain", "What is removed"],
-  ["lock", "lock", "A locked layer keeps its setting"],
+  ["lock", "lock", "A locked layer keeps its setting; ✕ removes a whole layer"],
   ["share", "params / FLOPs", "Share of the unpruned network's parameters (above) and FLOPs (below)"],
 ];
 
@@ -32,7 +32,7 @@ export function removedUnits(row, { rule, value }) {
   return Math.max(0, Math.min(count, row.channels - 1));
 }
 
-/** Units kept; where the browser cannot know (a hand-picked set, a bypass) the count Python gave. */
+/** Units kept; where the browser cannot know (a hand-picked set) the count Python gave. */
 export function keptUnits(row, entry) {
   if (row.pinned || entry.grain === "weight") return row.channels;
   if (entry.grain !== "channel" || entry.rule === "manual") return entry.kept ?? row.channels;
@@ -65,13 +65,8 @@ function liveCost(terms, rows, entryOf) {
   const byName = new Map(rows.map((row) => [row.name, row]));
   const count = (name, of) => (byName.has(name) ? of(byName.get(name)) : NaN);
   const kept = terms.names.map((name) => count(name, (row) => keptUnits(row, entryOf(row))));
-  const dense = terms.names.map((name) => count(name, (row) => row.channels));
-  const bypassed = rows.some((row) => !row.pinned && !["channel", "weight"].includes(entryOf(row).grain));
-  const cost = {
-    params: evaluate(terms.params, kept), params0: evaluate(terms.params, dense),
-    flops: 2 * evaluate(terms.macs, kept), flops0: 2 * evaluate(terms.macs, dense),
-  };
-  return bypassed || !Number.isFinite(cost.params + cost.flops) ? null : cost;
+  const cost = { params: evaluate(terms.params, kept), flops: 2 * evaluate(terms.macs, kept) };
+  return Number.isFinite(cost.params + cost.flops) ? cost : null;
 }
 
 /** What an input's new value means for the plan. */

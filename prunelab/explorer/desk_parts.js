@@ -152,16 +152,35 @@ function commonCells(first) {
   return { title, kept: cell("kept", kept, note), share, setKept, setShares, update };
 }
 
+/** The button that removes a layer or block. Its name and field are those of the button that brings it back. */
+function makeRemove(unit, ...words) {
+  const names = { "data-layer": unit, "data-field": "unit", "data-do": "bypass", "aria-label": `remove ${unit}` };
+  return button("pl-lock", { ...names, title: `Remove ${unit}: its input passes through` }, icon("close"), ...words);
+}
+
+/** A block, or a layer that was removed: one button, no sliders. */
+function makeUnitRow(unit) {
+  const [common, wide] = [commonCells({}), h("td", { class: "c-wide", colspan: 6 })];
+  const names = { "data-layer": unit.name, "data-field": "unit", "data-do": "restore",
+    "aria-label": `restore ${unit.name}`, title: `Bring ${unit.name} back, with its settings` };
+  if (unit.removed) wide.append("removed ", button("pl-restore", names, icon("undo"), "restore"));
+  else wide.append(makeRemove(unit.name, "remove"));
+  const words = { class: "pl-unit", "data-unit": unit.name, "data-removed": unit.removed };
+  const update = (now, largest) => common.update({ ...now, members: 1, channels: 0 }, 0, "", largest);
+  return { node: h("tr", words, common.title, wide, common.share), update };
+}
+
 function makePinnedRow(first) {
   const [common, reason] = [commonCells(first), h("span")];
-  const why = h("td", { class: "c-wide", colspan: 5 }, h("div", { class: "pl-why" }, icon("pin"), reason));
+  const why = h("td", { class: "c-wide", colspan: 4 }, h("div", { class: "pl-why" }, icon("pin"), reason));
+  const remove = cell("lock", ...(first.unit ? [makeRemove(first.unit)] : []));
   const words = { class: "pl-row pl-pinned", "data-row": first.name };
   const update = (row, entry, { largest }) => {
     common.update(row, row.channels, "pinned", largest);
     setText(reason, `pinned: ${row.pinned.replace(/^pinned:\s*/i, "")}`);
     setAttribute(why, "title", reason.textContent);
   };
-  return { node: h("tr", words, common.title, common.kept, why, common.share), update };
+  return { node: h("tr", words, common.title, common.kept, why, remove, common.share), update };
 }
 
 /** What a row's setting amounts to: units gone, and ratio and std, null where the browser cannot know them. */
@@ -186,8 +205,9 @@ function makeRow(first) {
   const [ratioText, stdText, word] = [span("pl-number"), span("pl-number"), span("pl-word")];
   const names = { "data-layer": first.name, "data-field": "lock", "aria-label": `lock ${first.name}` };
   const lock = button("pl-lock", names, icon("unlock"));
+  const remove = first.unit ? [makeRemove(first.unit)] : [];
   const cells = [cell("scores", spark.node), cell("ratio", ratio, ratioText), cell("std", std, stdText),
-    cell("grain", grain, word), cell("lock", lock)];
+    cell("grain", grain, word), cell("lock", lock, ...remove)];
   const node = h("tr", { class: "pl-row", "data-row": first.name }, common.title, common.kept, ...cells, common.share);
 
   const setLimits = (row, entry, grains) => {
@@ -224,13 +244,13 @@ function makeRow(first) {
 
 let stagesMade = 0;
 
-function makeStage(stage, rows, folded) {
+function makeStage(stage, count, folded) {
   const id = `prunelab-stage-${(stagesMade += 1)}`;
   const [body, common, bar] = [h("tbody", { id }), commonCells({}), h("div", { class: "pl-bar pl-bar-total" })];
   const fold = button("pl-fold", { "aria-controls": id }, icon("fold"), stage);
   const head = h("tbody", { class: "pl-stage" }, h("tr", { "data-stage": stage },
     h("th", { scope: "rowgroup", class: "c-name" }, fold), common.kept, cell("scores", bar),
-    h("td", { class: "c-wide", colspan: 4 }, `${rows.length} layers`), common.share));
+    h("td", { class: "c-wide", colspan: 4 }, `${count} ${count === 1 ? "layer" : "layers"}`), common.share));
   const show = () => {
     body.hidden = folded.has(stage);
     setAttribute(fold, "aria-expanded", String(!body.hidden));
@@ -243,7 +263,7 @@ function makeStage(stage, rows, folded) {
     const sum = (of) => now.reduce((total, row) => total + of(row), 0);
     const [kept, channels] = [sum((row) => keptUnits(row, entryOf(row))), sum((row) => row.channels)];
     common.setKept(kept, channels, "");
-    setBar(bar, kept / channels, 1);
+    setBar(bar, channels ? kept / channels : 0, 1);
     common.setShares([sum((row) => row.params_share), sum((row) => row.flops_share)], 0);
   };
   show();

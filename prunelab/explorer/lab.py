@@ -19,12 +19,13 @@ from prunelab.criteria.registry import Scores, get, scores
 from prunelab.errors import PruneLabError
 from prunelab.explorer.keeping import read_lab, write_lab
 from prunelab.explorer.stage import Point, Stage
-from prunelab.plan import Plan, Setting
+from prunelab.plan import Plan, Setting, in_force
 from prunelab.preview import Estimate, Preview, labelled
 from prunelab.profile.capture import Profile, profile
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
+from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import repair
@@ -101,8 +102,8 @@ class Lab:
 
     @property
     def program(self) -> Program:
-        """The current network's program."""
-        return self.stage.program
+        """The current network's program, with the plan's bypasses: what can still be cut."""
+        return self.stage.program.without(self.plan.bypassed)
 
     @property
     def model(self) -> nn.Module:
@@ -152,17 +153,18 @@ class Lab:
 
     def dense_cost(self) -> Cost:
         """Parameters and FLOPs of the current network without the plan."""
-        return cost(self.program, self._masked(Selection()))
+        return cost(self.stage.program, self._masked(Selection()))
 
     def scores(self, layer: str) -> Scores:
         """The plan's criterion on a layer, shape ``(channels,)``, higher = keep."""
         return self._score(self.plan, self.program.layer(layer))
 
     def _score(self, plan: Plan, layer: Layer) -> Scores:
-        held = self._scores.setdefault(self.program, {})
+        program = self.stage.program.without(plan.bypassed)
+        held = self._scores.setdefault(program, {})
         key = (plan.criterion, plan.seed, layer.name)
         if key not in held:
-            held[key] = scores(self.program, self.profile, plan.criterion, layer, plan.seed)
+            held[key] = scores(program, self.profile, plan.criterion, layer, plan.seed)
         return held[key]
 
     # Planning ---------------------------------------------
@@ -186,6 +188,24 @@ class Lab:
             plan = plan.set(layer.name, **setting)
         self.use(plan)
 
+    def bypass(self, unit: str) -> None:
+        """Remove a whole layer or block of ``program.units``: its input passes through.
+
+        Settings of the layers inside rest, and come back with :meth:`restore`.
+
+        Raises:
+            PruneLabError: there is no such unit.
+        """
+        self.use(self.plan.bypass(unit))
+
+    def restore(self, unit: str) -> None:
+        """Bring a bypassed layer or block back, with the settings that it had.
+
+        Raises:
+            PruneLabError: the plan does not bypass it.
+        """
+        self.use(self.plan.restore(unit))
+
     def repair(self, how: str) -> None:
         """Correct the surviving weights: ``none`` or ``least-squares``; in the preview and in the commit alike."""
         self.use(replace(self.plan, repair=how))
@@ -197,7 +217,7 @@ class Lab:
     def reset(self) -> None:
         """Remove nothing; locks stay."""
         settings = {k: Setting(locked=True) for k, s in self.plan.settings.items() if s.locked}
-        self.use(replace(self.plan, settings=settings))
+        self.use(replace(self.plan, settings=settings, bypassed=()))
 
     def use(self, plan: Plan, *, merge: bool = False) -> None:
         """Take a whole plan, after checking that it fits this network.
@@ -211,8 +231,11 @@ class Lab:
         if get(plan.criterion).needs == "statistics" and self.profile is None:
             self.run_profile()
         if not plan.network:
-            plan = replace(plan, network=self.program.digest)
+            plan = replace(plan, network=self.stage.program.digest)
         self._resolve(plan)
+        # Under the layers' own names, whichever of their modules' paths they were given by.
+        settings = {self._own_name(plan, name): setting for name, setting in plan.settings.items()}
+        plan = replace(plan, settings=settings)
         if plan == self.plan:
             return
         if merge and self._past and self._past[-1][0] is self.stage:
@@ -249,11 +272,17 @@ class Lab:
         self._now = to
 
     def _free(self) -> list[Layer]:
-        locked = {self.program.layer(n).name for n, s in self.plan.settings.items() if s.locked}
+        settings = self.plan.settings.items()
+        locked = {layer.name for n, s in settings if s.locked and (layer := in_force(self.program, n))}
         return [layer for layer in self.program.layers if not layer.pinned and layer.name not in locked]
 
+    def _own_name(self, plan: Plan, name: str) -> str:
+        program = self.stage.program
+        layer = in_force(program.without(plan.bypassed), name)
+        return layer.name if layer is not None else program.layer(name).name
+
     def _resolve(self, plan: Plan) -> Selection:
-        return plan.resolve(self.program, self.profile, lambda layer: self._score(plan, layer))
+        return plan.resolve(self.stage.program, self.profile, lambda layer: self._score(plan, layer))
 
     def _masked(self, selection: Selection) -> Selection:
         """The selection with the masks that earlier commits left."""
@@ -262,13 +291,13 @@ class Lab:
         joined = {**self.stage.masks, **selection.masks}
         for name in set(self.stage.masks) & set(selection.masks):
             joined[name] = self.stage.masks[name].cpu() & selection.masks[name]
-        return Selection(selection.kept, joined)
+        return replace(selection, masks=joined)
 
     # Measuring ---------------------------------------------
 
     def run_profile(self, progress: Progress | bool = True) -> Profile:
         """Profile the current network on the training set; from the cache where it was done before."""
-        found = profile(self.program, _in_order(self.train), cache=self.cache, progress=progress)
+        found = profile(self.stage.program, _in_order(self.train), cache=self.cache, progress=progress)
         old = self.stage
         new = replace(old, profile=found)
         self._now = (new, self.plan)
@@ -302,9 +331,9 @@ class Lab:
         return None if self.plan.repair == "none" else labelled(_in_order(self.train), REPAIR_IMAGES)[0]
 
     def _add_measured(self, found: Estimate) -> None:
-        if self.selection.kept or self.selection.masks:
+        if removes_anything(self.stage.program, self.selection):
             self._add("plan", found)
-        elif self.program is self._first.program:
+        elif self.stage.program is self._first.program:
             self._add("dense", found)
 
     def _add(self, kind: str, found: Estimate) -> None:
@@ -332,8 +361,8 @@ class Lab:
             PruneLabError: the plan removes nothing.
         """
         selection = self.selection
-        if not selection.kept and not selection.masks:
-            raise PruneLabError("There is nothing to commit: the plan removes no channel and no weight.")
+        if not removes_anything(self.stage.program, selection):
+            raise PruneLabError("There is nothing to commit: the plan removes no block, layer, channel or weight.")
         masked = self._masked(selection)
         small = commit(self.program, masked, repair=self.plan.repair, images=self._sample())
         masks = sliced_masks(self.program, masked)
@@ -365,8 +394,8 @@ class Lab:
 
     def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], label: str) -> None:
         # Proved again: what was pinned because forward does not follow its cut must stay so.
-        stage = self._stage(trace(model, self.program.example), masks)
-        plan = replace(self.plan, settings={}, network=stage.program.digest)
+        stage = self._stage(trace(model, self.stage.program.example), masks)
+        plan = replace(self.plan, settings={}, bypassed=(), network=stage.program.digest)
         self._move((stage, plan))
         if get(plan.criterion).needs == "statistics":
             self.run_profile()

@@ -131,7 +131,7 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
     gone = np.zeros(0, np.int64)
     if setting.grain == "channel" and setting.rule != "none":
         gone = removed(setting, score, layer)
-    maps = lab.profile.maps(layer, images=1) if lab.profile else None
+    maps = _seen(lab, layer)
     spatial = maps is not None and maps.dim() == 4
     parts: list[Any] = (
         np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=[5, 2]))).tolist() if spatial else [figure]
@@ -144,6 +144,18 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
         assert maps is not None
         _maps(below[0], maps[0].float().numpy(), score, gone, c)
     return figure
+
+
+def _seen(lab: Lab, layer: Layer) -> Any:
+    """A layer's channels on the first cached image, shape ``(1, channels, …)``, or None where none are kept.
+
+    The profile is of the network without bypasses.
+    """
+    owners, channels = lab.program.origins(layer)
+    if lab.profile is None or (owners != owners[0]).any():
+        return None
+    maps = lab.profile.maps(lab.program.base.structure.layers[owners[0]], images=1)
+    return None if maps is None else maps[:, channels.tolist()]
 
 
 def _histogram(axes: Any, lab: Lab, layer: Layer, score: Any, gone: Any, c: dict[str, str]) -> None:

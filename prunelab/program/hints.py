@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 Place = tuple[int, int]
@@ -44,3 +44,11 @@ class Hints:
     def pinning(self, pins: Mapping[int, str]) -> Hints:
         """More pins."""
         return replace(self, pins={**pins, **self.pins})
+
+    def among(self, alive: Sequence[bool]) -> Hints:
+        """What still holds where some nodes are no longer there; without pins, whose labels change."""
+        return Hints(
+            axes=self.axes,
+            ties=tuple((a, b) for a, b in self.ties if alive[a[0]] and alive[b[0]]),
+            attributes={name: place for name, place in self.attributes.items() if alive[place[0]]},
+        )

@@ -24,7 +24,8 @@ class Node:
 
     Attributes:
         index: position in ``Program.nodes``; arguments always point to lower indices.
-        kind: ``input`` (an argument of forward), ``state`` (a parameter or buffer), ``op``.
+        kind: ``input`` (an argument of forward), ``state`` (a parameter or buffer), ``op``, ``dropped`` (inside a
+            bypassed module: it has no value).
         name: the name that the exporter gave the value.
         op: what is called (``op`` nodes only): an ATen overload or a Python operator.
         args: arguments by name, for ATen overloads with every default filled in; Python operators have
@@ -39,7 +40,7 @@ class Node:
     """
 
     index: int
-    kind: Literal["input", "state", "op"]
+    kind: Literal["input", "state", "op", "dropped"]
     name: str
     op: Callable[..., Any] | None
     args: Mapping[str, Any]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunelab.errors import PruneLabError, unknown
@@ -16,8 +18,10 @@ from prunelab.program.channels import Layer, Structure, find, module_of
 from prunelab.program.hints import Hints
 from prunelab.program.nodes import Node
 from prunelab.program.opening import opened
+from prunelab.program.proof import attempt, departure, provable, unprovable
 from prunelab.program.run import checked_masks, kept_layers, last_used, literal_nodes, slice_states
 from prunelab.program.selection import DENSE, Selection
+from prunelab.program.table import Layers
 from prunelab.program.trace import (
     aliases,
     as_example,
@@ -28,62 +32,10 @@ from prunelab.program.trace import (
     to_nodes,
     unwrap,
 )
+from prunelab.program.units import Unit, Units, bypassed, find_units
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from prunelab.program.draw import Drawing
-
-
-class Layers(tuple[Layer, ...]):
-    """The layers in order of execution; prints as a table, and becomes a DataFrame."""
-
-    costs_: Mapping[str, tuple[float, float]]
-
-    @classmethod
-    def of(cls, layers: tuple[Layer, ...], shares: Mapping[str, tuple[float, float]]) -> Layers:
-        """Layers with their shares of parameters and FLOPs."""
-        table = cls(layers)
-        table.costs_ = shares
-        return table
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict per layer: name, kind, channels, members, shares of parameters and FLOPs, why pinned."""
-        return [
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "channels": layer.channels,
-                "members": len(layer.producers),
-                "params": self.costs_[layer.name][0],
-                "flops": self.costs_[layer.name][1],
-                "pinned because": layer.pinned,
-            }
-            for layer in self
-        ]
-
-    def to_frame(self) -> pd.DataFrame:
-        """The table as a DataFrame; ``params`` and ``flops`` are shares of the whole network, 0 to 1."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows()).set_index("name")
-
-    def __repr__(self) -> str:
-        heads = ["layer", "kind", "channels", "members", "params", "FLOPs", "pinned because"]
-        body = [
-            [r["name"], r["kind"], f"{r['channels']}", f"{r['members']}", f"{r['params']:.1%}",
-            f"{r['flops']:.1%}",
-             r["pinned because"]]
-            for r in self.rows()
-        ]  # fmt: skip
-        widths = [max(len(line[k]) for line in [heads, *body]) for k in range(len(heads))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *body]
-        )
-
-    def _repr_html_(self) -> str:
-        styled = self.to_frame()
-        return str(styled.to_html(formatters={"params": "{:.1%}".format, "flops": "{:.1%}".format}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +51,11 @@ class Program:
         batch: None when any number of images can run at once, else the number that the user's code fixes.
         example: the arguments that it was traced with.
         constants: tensors that the user's code holds besides parameters and buffers, by name.
-        hints: what was found out about the user's forward beyond its operators.
+        proven: whether cuts were tried on the user's own forward.
+        hints: what was found out about that forward beyond its operators.
+        origin: where units are bypassed, the program without that.
+        bypassed: names of the units that are bypassed, sorted.
+        identities: paths of the modules that are an ``nn.Identity`` then.
     """
 
     model: nn.Module
@@ -110,14 +66,83 @@ class Program:
     batch: int | None
     example: tuple[Any, ...]
     constants: Mapping[str, Tensor]
-    hints: Hints
+    proven: bool
+    hints: Hints = field(default_factory=Hints)
+    origin: Program | None = None
+    bypassed: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> Program:
+        """The program of the whole network: itself, unless units are bypassed."""
+        return self.origin or self
+
+    @cached_property
+    def units(self) -> Units:
+        """The layers and blocks that can be bypassed, each proved; found when first asked for.
+
+        Where units are bypassed, still those of the whole network.
+        """
+        if self.origin is not None:
+            return self.origin.units
+        return Units.of(find_units(self), cost(self).rows)
+
+    def unit(self, name: str) -> Unit:
+        """The unit with this name.
+
+        Raises:
+            PruneLabError: there is none, with the nearest names.
+        """
+        found = next((unit for unit in self.units if unit.name == name), None)
+        if found is None:
+            raise unknown("layer or block to bypass", name, [unit.name for unit in self.units])
+        return found
+
+    def without(self, names: Iterable[str]) -> Program:
+        """The program with these units bypassed too, and everything that follows from it found again.
+
+        Node indices stay, and layers keep their names where their first producer is still there. A unit within
+        another bypassed one goes with it.
+
+        Raises:
+            PruneLabError: there is no such unit, or the user's forward does not follow these bypasses together.
+        """
+        wanted = tuple(sorted({*self.bypassed, *names}))
+        return self if wanted == self.bypassed else self.base._without(wanted)
+
+    @cached_property
+    def _without(self) -> Callable[[tuple[str, ...]], Program]:
+        return lru_cache(maxsize=8)(lambda names: _bypass(self, names))
+
+    def under(self, selection: Selection) -> Program:
+        """The program that a selection's channels and masks are meant for: that without the units it bypasses."""
+        return self.without(selection.bypassed)
+
+    def origins(self, layer: Layer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where a layer's channels are in the whole network: the position of a layer of ``base``, the channel there.
+
+        Returns:
+            two arrays of shape ``(channels,)``.
+        """
+        state, dim = layer.producers[0]
+        slot = next(s for s in layer.slots if (s.state, s.dim) == (state, dim))
+        structure = self.base.structure
+        dims = structure.values[self.base.state_nodes[state]]
+        assert isinstance(dims, tuple)
+        ids = dims[dim]
+        assert ids is not None
+        labels = structure.label[ids[slot.index[:, 0]]]
+        owners = structure.owner[labels]
+        places = [
+            int(np.flatnonzero(structure.layers[k].labels == label)[0]) for k, label in zip(owners, labels, strict=True)
+        ]
+        return owners.astype(np.int64), np.array(places, np.int64)
 
     @cached_property
     def layers(self) -> Layers:
         """The rows of the desk."""
         dense = self.widths(DENSE)
-        params = sum(t(dense) for t in self.terms.params) or 1
-        macs = sum(t(dense) for t in self.terms.macs) or 1
+        whole = cost(self.base)
         by_module: dict[str, tuple[int, int]] = {}
         for term in self.terms.params:
             _add(by_module, module_of(term.name), term(dense), 0)
@@ -127,8 +152,8 @@ class Program:
         for layer in self.structure.layers:
             own = [(part, by_module.get(module_of(state), (0, 0))) for state, part in self._parts(layer)]
             shares[layer.name] = (
-                sum(part * cost[0] for part, cost in own) / params,
-                sum(part * cost[1] for part, cost in own) / macs,
+                sum(part * own_cost[0] for part, own_cost in own) / (whole.params or 1),
+                sum(part * own_cost[1] for part, own_cost in own) / (whole.macs or 1),
             )
         return Layers.of(self.structure.layers, shares)
 
@@ -192,7 +217,13 @@ class Program:
         return {module: ks.copy().pop() for module, ks in owners.items() if len(ks) == 1}
 
     def widths(self, selection: Selection) -> list[int]:
-        """Channels kept in every layer, in the order of ``layers``."""
+        """Channels kept in every layer, in the order of ``layers``.
+
+        Where the selection bypasses units, of the layers that are there then.
+        """
+        program = self.under(selection)
+        if program is not self:
+            return program.widths(selection)
         kept = [layer.channels for layer in self.structure.layers]
         for at, channels in kept_layers(self, selection).items():
             kept[at] = len(channels)
@@ -256,44 +287,79 @@ def trace(model: nn.Module, example: Any, *, prove: bool = True) -> Program:
     args = as_example(example)
     exported = export(model, args)
     nodes, outputs = to_nodes(exported, model)
-    held = constants(exported)
-
-    def build(hints: Hints) -> Program:
-        return _build(model, nodes, outputs, args, held, hints)
-
-    return opened(build, nodes) if prove else build(Hints())
-
-
-def _build(
-    model: nn.Module,
-    nodes: tuple[Node, ...],
-    outputs: tuple[Any, ...],
-    example: tuple[Any, ...],
-    held: Mapping[str, Tensor],
-    hints: Hints,
-) -> Program:
-    structure = find(nodes, outputs, held.keys(), hints)
     first = next(n for n in nodes if n.kind == "input" and n.shape is not None)
     assert first.shape is not None
-    batch = None if first.batched[0] else first.shape[0]
-    persistent = set(aliases(model).values()) & set(model.state_dict())
-    parameters = {n: p.element_size() for n, p in model.named_parameters()}
-    buffers = {n: b.element_size() for n, b in model.named_buffers() if n in persistent}
-    return Program(
+    program = Program(
         model=model,
         nodes=nodes,
         outputs=outputs,
-        structure=structure,
-        terms=costs.terms(nodes, structure, parameters, buffers, batch or 1),
-        batch=batch,
-        example=example,
-        constants=held,
-        hints=hints,
+        structure=Structure((), np.zeros(0, np.int64), np.zeros(0, np.int32), ()),
+        terms=costs.Terms((), (), ()),
+        batch=None if first.batched[0] else first.shape[0],
+        example=args,
+        constants=constants(exported),
+        proven=prove,
     )
+    return opened(lambda hints: _found(program, hints), nodes) if prove else _found(program, Hints())
+
+
+def _found(program: Program, hints: Hints) -> Program:
+    """The program with its layers and costs, from its nodes."""
+    model, nodes = program.model, program.nodes
+    structure = find(nodes, program.outputs, program.constants.keys(), hints)
+    persistent = set(aliases(model).values()) & set(model.state_dict())
+    parameters = {n: p.element_size() for n, p in model.named_parameters()}
+    buffers = {n: b.element_size() for n, b in model.named_buffers() if n in persistent}
+    terms = costs.terms(nodes, structure, parameters, buffers, program.batch or 1)
+    return replace(program, structure=structure, terms=terms, hints=hints)
+
+
+def _bypass(base: Program, names: tuple[str, ...]) -> Program:
+    """A program with some of its units bypassed."""
+    program = bypassed(base, [base.unit(name) for name in names])
+    reason = departure(program) if base.proven else ""
+    if reason:
+        listed = ", ".join(repr(name) for name in names)
+        raise PruneLabError(f"{listed} cannot be bypassed together: {reason}.")
+    hints = base.hints.among([node.kind != "dropped" for node in program.nodes])
+    found = _found(program, hints)
+    if base.proven and not provable(found):
+        # What forward did not follow before, it hardly follows now: the search starts from there.
+        old = _found(program, hints.pinning(_old_pins(found)))
+        found = _found(program, old.hints.pinning(attempt(old, unprovable)))
+    return replace(found, structure=replace(found.structure, layers=_names_of_old(found)))
+
+
+def _old_pins(program: Program) -> dict[int, str]:
+    """Classes of a program with bypasses that the whole network's proof pinned, with the reason."""
+    pins, old = program.base.hints.pins, program.base.structure.layers
+    return {
+        int(label): pins[int(old[k].labels[c])]
+        for layer in program.structure.layers
+        for label, k, c in zip(layer.labels, *program.origins(layer), strict=True)
+        if int(old[k].labels[c]) in pins
+    }
+
+
+def _names_of_old(program: Program) -> tuple[Layer, ...]:
+    """Layers under the names and in the stages that they have in the whole network, so that settings find them."""
+    old = program.base.structure.layers
+    taken: set[str] = set()
+    named = []
+    for layer in program.structure.layers:
+        before = old[program.origins(layer)[0][0]]
+        name = before.name
+        # A layer that falls apart: the parts after the first are new.
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        named.append(replace(layer, name=name, stage=before.stage))
+    return tuple(named)
 
 
 def cost(program: Program, selection: Selection = DENSE) -> costs.Cost:
     """Parameters, FLOPs and bytes of a selection, in closed form: nothing is run."""
+    program = program.under(selection)
     kept = program.widths(selection)
     params = [(t, t(kept)) for t in program.terms.params]
     buffers = [(t, t(kept)) for t in program.terms.buffers]
@@ -315,5 +381,6 @@ def sliced_masks(program: Program, selection: Selection) -> dict[str, Tensor]:
 
     They are what fine-tuning holds.
     """
+    program = program.under(selection)
     masks = checked_masks(program, selection)
     return slice_states(program, Selection(kept=selection.kept), masks.__getitem__, masks)

@@ -7,11 +7,12 @@ does. Layers for which it does not are pinned, with the reason.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from prunelab.program.surgery import cut
 
 if TYPE_CHECKING:
     from prunelab.program.program import Program
+    from prunelab.program.units import Unit
 
 Call = tuple[str, tuple[Any, ...]]
 Calls = list[Call]
@@ -164,6 +166,19 @@ class Stand:
         blocks = SequenceMatcher(None, [call for _, call in ours], said, autojunk=False).get_matching_blocks()
         return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
 
+    def departure(self, base: Stand) -> str:
+        """Why forward does not follow the program's bypasses, or ""; ``base`` is the network without them."""
+        said, error = self.forward(DENSE)
+        if error:
+            return error
+        expected, error = self.expected(DENSE)
+        if error:
+            return f"the network cannot be run without it: {error}"
+        pairs = zip(_unmatched(expected, said), _unmatched(*base._dense), strict=True)
+        if any(now > before for now, before in pairs):
+            return "your forward does not do the same when an identity stands in its place"
+        return ""
+
     def expected(self, selection: Selection) -> tuple[list[tuple[int, Call]], str]:
         """What the program calls on a cut, each with its node, and why it fails, or ""."""
         bound = bind(self.program, selection, self.tensors.__getitem__)
@@ -181,7 +196,7 @@ class Stand:
             module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
         except Exception as error:
             return [], f"it cannot be cut: {sentence(error)}"
-        said, problem = self.record(lambda: module(*self.args), _Recorder())
+        said, problem = self.record(lambda: module(*self.args))
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
     def _line(self, selection: Selection, at: int) -> str:
@@ -191,14 +206,25 @@ class Stand:
             module(*self.args)
         return str(recorder.lines[at])
 
-    def record(self, run: Callable[[], Any], recorder: _Recorder) -> tuple[Calls, str]:
+    def record(self, run: Callable[[], Any], recorder: _Recorder | None = None) -> tuple[Calls, str]:
         """What is called, and the error that ended it, or ""."""
+        recorder = recorder or _Recorder()
         with torch.no_grad(), self.inside(), recorder:
             try:
                 run()
             except Exception as error:
                 return recorder.calls, sentence(error)
         return recorder.calls, ""
+
+
+def _unmatched(expected: list[tuple[int, Call]], theirs: Calls) -> tuple[int, int]:
+    """How many calls of each list have no counterpart in the other."""
+    ours = [call for _, call in expected]
+    if ours == theirs:
+        return 0, 0
+    matching = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    both = sum(block.size for block in matching)
+    return len(ours) - both, len(theirs) - both
 
 
 def free_layers(program: Program) -> list[int]:
@@ -222,10 +248,58 @@ def unprovable(stand: Stand) -> dict[int, str]:
     return {label: reason for k, reason in bad.items() for label in layers[k].labels.tolist()}
 
 
+def provable(program: Program) -> bool:
+    """Whether the user's forward follows a cut of all free layers at once."""
+    return attempt(program, lambda stand: first_failure(stand, free_layers(program))) is None
+
+
 def refusal(program: Program, selection: Selection) -> str:
     """Why the user's forward does not follow this one cut, or ""."""
+    program = program.under(selection)
     failure = attempt(program, lambda stand: stand.mismatch(selection)) if selection.kept else None
     return failure.reason if failure is not None else ""
+
+
+def departure(program: Program) -> str:
+    """Why the user's forward does not do what a program with bypassed units does, or ""."""
+    return attempt(program, lambda stand: stand.departure(replace(stand, program=program.base)))
+
+
+def unprovable_bypasses(
+    program: Program, groups: list[list[Unit]], bypassed: Callable[[list[Unit]], Program]
+) -> set[Unit]:
+    """Units whose bypass the user's forward does not follow.
+
+    Args:
+        groups: units that can be tried at once.
+        bypassed: the program with some units of a group bypassed.
+    """
+
+    def search(stand: Stand) -> set[Unit]:
+        def check(group: list[Unit], some: list[int]) -> str:
+            return replace(stand, program=bypassed([group[k] for k in some])).departure(stand)
+
+        return {group[k] for group in groups for k in _search([*range(len(group))], partial(check, group))}
+
+    return attempt(program, search) if groups else set()
+
+
+def plainly_called(program: Program) -> frozenset[str]:
+    """Paths of modules that forward calls once, with one tensor and nothing else, and that give one tensor."""
+    for fake in (False, True):
+        with _stand(program, fake) as stand:
+            module = cut(program, DENSE, stand.tensors.__getitem__)
+            calls: dict[str, list[bool]] = defaultdict(list)
+
+            def note(path: str, _: Any, args: Any, kwargs: Any, result: Any, calls: Any = calls) -> None:
+                plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+                calls[path].append(plain and isinstance(result, Tensor))
+
+            for path, part in module.named_modules():
+                part.register_forward_hook(partial(note, path), with_kwargs=True)
+            if not stand.record(partial(module, *stand.args))[1]:
+                return frozenset(path for path, plain in calls.items() if path and plain == [True])
+    return frozenset()
 
 
 T = TypeVar("T")
@@ -293,7 +367,7 @@ def _stand(program: Program, fake: bool) -> Iterator[Stand]:
             return value
         return mode.from_tensor(value.detach()) if mode is not None else value.detach().to("meta")
 
-    states = {name: empty(program.state(name)) for name in program.state_nodes}
+    states = {name: empty(program.state(name)) for name in program.base.state_nodes}
     args = tuple(tree_map(empty, a) for a in program.example)
     with eval_mode(program.model), quiet():
         yield Stand(program, lambda: torch.device("meta") if mode is None else mode, states, args)

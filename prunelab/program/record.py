@@ -33,9 +33,12 @@ def commits(model: nn.Module) -> tuple[dict[str, Any], ...]:
 
 def remember(small: nn.Module, program: Program, selection: Selection) -> None:
     """Write into a module that ``selection`` made it from ``program``'s."""
+    # Layers are those that are there without the bypassed units.
+    program = program.under(selection)
     layers = program.structure.layers
     commit = {
         "kept": {layers[at].name: list(kept) for at, kept in kept_layers(program, selection).items()},
+        "bypassed": list(program.bypassed),
         "example": _described(program.example),
         "dtypes": {name: str(tensor.dtype) for name, tensor in state_tensors(program.model).items()},
     }
@@ -45,7 +48,8 @@ def remember(small: nn.Module, program: Program, selection: Selection) -> None:
 
 def selection_of(commit: Mapping[str, Any]) -> Selection:
     """What a commit kept."""
-    return Selection({layer: tuple(kept) for layer, kept in commit["kept"].items()})
+    kept = {layer: tuple(channels) for layer, channels in commit["kept"].items()}
+    return Selection(kept, bypassed=tuple(commit["bypassed"]))
 
 
 def example_of(commit: Mapping[str, Any], device: torch.device) -> tuple[Any, ...]:

@@ -79,6 +79,8 @@ class Bound:
 
     def value(self, node: Node, values: Mapping[int, Any], feed: Iterator[Any]) -> Any:
         """One node's value, from the values before it; ``feed`` gives the network's inputs in turn."""
+        if node.kind == "dropped":
+            return None
         if node.kind == "state":
             return self.states[node.index]
         if node.kind == "input":
@@ -133,22 +135,24 @@ def kept_layers(program: Program, selection: Selection) -> dict[int, tuple[int, 
 
 def removes_anything(program: Program, selection: Selection) -> bool:
     """Whether the network with this selection is another one than without."""
-    return bool(kept_layers(program, selection)) or not all(m.all() for m in selection.masks.values())
+    program = program.under(selection)
+    cut = bool(program.bypassed or kept_layers(program, selection))
+    return cut or not all(m.all() for m in checked_masks(program, selection).values())
 
 
 def checked_masks(program: Program, selection: Selection) -> Mapping[str, Tensor]:
-    """A selection's masks.
+    """A selection's masks, without those of parameters that a bypass removes.
 
     Raises:
         PruneLabError: a mask of no parameter, or not of the parameter's shape.
     """
     for name, mask in selection.masks.items():
-        if name not in program.state_nodes:
+        if name not in program.base.state_nodes:
             raise unknown("parameter", name, program.state_nodes)
         shape = tuple(program.state(name).shape)
         if tuple(mask.shape) != shape:
             raise PruneLabError(f"The mask of {name} has shape {tuple(mask.shape)}, not {shape}.")
-    return selection.masks
+    return {name: mask for name, mask in selection.masks.items() if name in program.state_nodes}
 
 
 def kept_index(ids: Ids | None, label: Ids, gone: NDArray[np.bool_]) -> NDArray[np.int64] | None:
@@ -190,6 +194,7 @@ def slice_states(
 
 def bind(program: Program, selection: Selection = DENSE, tensor: Callable[[str], Tensor] | None = None) -> Bound:
     """Slice the weights for a selection and rewrite the literals that depend on it."""
+    program = program.under(selection)
     with torch.no_grad():
         states = slice_states(program, selection, tensor or program.state)
     by_node = {n.index: states[n.target] for n in program.nodes if n.kind == "state"}

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 
 def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] | None = None) -> nn.Module:
-    """A new module of the user's own class with the selection's channels gone.
+    """A new module of the user's own class with the selection's channels gone and its units bypassed.
 
-    Only the sliced tensors are copied, never the uncut ones: the module's structure is copied around them.
+    Only the sliced tensors are copied, never the uncut ones: the module's structure is copied around them. Bypassed
+    modules are not copied at all; an ``nn.Identity`` stands in their places.
 
     Args:
         tensor: gives the uncut tensor of a state name; the model's own unless given.
     """
+    program = program.under(selection)
     model = program.model
     sliced = slice_states(program, selection, tensor or program.state)
     memo: dict[int, Any] = {}
@@ -38,6 +40,9 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
             if isinstance(held, Tensor) and not held.is_leaf:
                 # A value that forward or a hook has left there; torch copies none that has a gradient's history.
                 memo[id(held)] = held.detach().clone()
+    for path in program.identities:
+        old_module = model.get_submodule(path)
+        memo[id(old_module)] = nn.Identity().train(old_module.training)
     module = copy.deepcopy(model, memo)
     _set_attributes(program, selection, module)
     return module

@@ -134,6 +134,47 @@ def test_keyboard(notebook_page: OpenNotebook) -> None:
     page.assert_no_errors()
 
 
+def test_remove_a_block_and_a_layer(notebook_page: OpenNotebook) -> None:
+    page = notebook_page([OPEN.format(name="resnet20", size=500, title="ResNet-20")])
+    found = desk(page)
+    before = total(found, "params")
+    drag(page, slider(found, "layer2.1.conv1", "ratio"), 0.5)
+    drag(page, slider(found, "layer2 stream #2", "ratio"), 0.25)
+    measured(found)
+    kept = found.locator('[data-row="layer2 stream #2"] .c-kept .pl-number').inner_text()
+    pruned = total(found, "params")
+    assert amount(pruned) < amount(before)
+
+    block = found.locator('tr[data-unit="layer2.1"]')
+    block.locator("button").click()
+    expect(block).to_contain_text("removed")
+    expect(found.locator('[data-row="layer2.1.conv1"]')).to_have_count(0)
+    measured(found)
+    assert amount(total(found, "params")) < amount(pruned)
+    expect(found.locator('[data-row="layer2 stream #2"] .c-kept .pl-number')).to_have_text(kept)
+    # The rows that are left still answer the hand, and the removed block stays removed.
+    without = total(found, "params")
+    drag(page, slider(found, "layer3.1.conv1", "ratio"), 0.5)
+    assert amount(total(found, "params")) < amount(without)
+    measured(found)
+    expect(block).to_contain_text("removed")
+
+    # By keyboard: the button that brings it back has the focus.
+    expect(block.locator("button")).to_be_focused()
+    page.page.keyboard.press("Enter")
+    expect(found.locator('[data-row="layer2.1.conv1"]')).to_have_attribute("data-rule", "ratio")
+    found.locator('[data-row="layer1.1.conv1"] [data-field="unit"]').click()
+    expect(found.locator('tr[data-unit="layer1.1.conv1"]')).to_contain_text("removed")
+    measured(found)
+    shown = {name: total(found, name) for name in ("params", "flops", "accuracy")}
+    button(page, "commit").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Committed")
+    measured(found)
+    assert total(found, "accuracy") == shown["accuracy"]
+    assert amount(total(found, "params")) == pytest.approx(amount(shown["params"]), rel=0.01)
+    page.assert_no_errors()
+
+
 def test_an_error_is_shown_and_changes_nothing(notebook_page: OpenNotebook) -> None:
     page = notebook_page([*lenet(), "explorer._path.value = 'missing.json'"])
     found = desk(page)
@@ -154,6 +195,8 @@ def test_fits(notebook_page: OpenNotebook, width: int, dark: bool) -> None:
     page.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     for layer, share in (("layer1.0.conv1", 0.4), ("layer2.1.conv1", 0.5)):
         drag(page, slider(found, layer, "ratio"), share)
+    found.locator('tr[data-unit="layer1.1"] button').click()
+    expect(found.locator('tr[data-unit="layer1.1"]')).to_contain_text("removed")
     measured(found)
     page.wait_idle()
     overflow: Callable[[str], bool] = page.page.locator(".prunelab").first.evaluate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import prunelab as pl
-from prunelab.explorer.desk import figures_of, layers_of, plan_of, rows_of, terms_of
+from prunelab.explorer.desk import figures_of, layers_of, plan_of, rows_of, terms_of, units_of
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
 
@@ -48,3 +48,36 @@ def test_shares_are_parts_of_one_whole(lab: pl.Lab) -> None:
     rows = rows_of(lab)
     assert 0.9 < sum(r["params_share"] for r in rows) <= 1 + 1e-9
     assert sum(r["flops_share"] for r in rows) == pytest.approx(1)
+
+
+def test_units_stand_before_what_they_hold(lab: pl.Lab) -> None:
+    lab.reset()
+    rows, units = rows_of(lab), units_of(lab)
+    names = [row["name"] for row in rows]
+    assert [unit["name"] for unit in units] == [
+        *("layer1", "layer1.0", "layer1.1", "layer1.2", "layer2.1", "layer2.2", "layer3.1", "layer3.2")
+    ]
+    block = next(unit for unit in units if unit["name"] == "layer2.1")
+    assert names[block["at"]] == "layer2.1.conv1"
+    assert (block["kind"], block["removed"], block["stage"]) == ("block", False, "layer2")
+    # Only what has a row of its own can be removed as a layer there.
+    assert {row["name"]: row["unit"] for row in rows}["layer1.0.conv1"] == "layer1.0.conv1"
+    assert {row["name"]: row["unit"] for row in rows}["layer1 stream"] == ""
+
+
+def test_settings_without_a_row_outlive_the_browser(lab: pl.Lab) -> None:
+    lab.reset()
+    lab.set("layer1.1.conv1", ratio=0.5)
+    lab.set("layer2.1.conv1", ratio=0.25)
+    lab.bypass("layer1.1")
+    lab.bypass("layer2.1.conv1")
+    layers, units = layers_of(lab), units_of(lab)
+    assert not {"layer1.1.conv1", "layer2.1.conv1"} & layers.keys()
+    assert [unit["name"] for unit in units if unit["removed"]] == ["layer1.1", "layer2.1.conv1"]
+    assert plan_of(layers, lab.plan) == lab.plan
+    terms, figures = terms_of(lab), figures_of(lab)
+    kept = [layers[name]["kept"] for name in terms["names"]]
+    assert evaluate(terms["params"], kept) == figures["params"]
+    assert 2 * evaluate(terms["macs"], kept) == figures["flops"]
+    assert figures["params0"] == lab.dense_cost().params
+    lab.reset()

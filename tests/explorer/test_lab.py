@@ -190,3 +190,69 @@ def test_a_repair_leaves_the_zeros_of_an_earlier_commit(lab: pl.Lab) -> None:
     assert zeros >= small.fc1.weight.numel() - int(lab.stage.masks["fc1.weight"].sum())
     assert lab.dense_cost().nonzero == promised.nonzero
     assert lab.measure().accuracy == shown.accuracy
+
+
+@pytest.fixture
+def residual() -> pl.Lab:
+    return pl.Lab(pl.zoo.load("resnet20"), TRAIN.subset(300), TEST.subset(300), criterion="apoz")
+
+
+def test_bypass_restore_undo_redo(residual: pl.Lab) -> None:
+    lab = residual
+    lab.set("layer2.1.conv1", ratio=0.5)
+    lab.set("layer2 stream #2", ratio=0.25)
+    before = lab.cost()
+    lab.bypass("layer2.1")
+    assert lab.cost().params < before.params
+    assert lab.selection.kept.keys() == {"layer2 stream #2"}
+    assert "layer2.1.conv1" not in {layer.name for layer in lab.program.layers}
+    lab.undo()
+    assert lab.cost() == before
+    lab.redo()
+    lab.restore("layer2.1")
+    assert lab.cost() == before
+    lab.bypass("layer2.1")
+    lab.reset()
+    assert lab.cost() == lab.dense_cost()
+    with pytest.raises(pl.PruneLabError, match=r"no layer or block to bypass 'layer2.9'"):
+        lab.bypass("layer2.9")
+    assert not lab.plan.bypassed
+
+
+def test_a_bypass_is_measured_committed_and_loaded(residual: pl.Lab, tmp_path: Path) -> None:
+    lab = residual
+    lab.set_all(ratio=0.3)
+    lab.bypass("layer2.1")
+    lab.bypass("layer3.2.conv1")
+    lab.set("layer1.0.conv1", ratio=0.5, grain="weight")
+    promised, shown = lab.cost(), lab.measure()
+    point = lab.points[-1]
+    assert (point.kind, point.params, point.flops) == ("plan", promised.params, promised.flops)
+    assert pl.Plan.from_json(point.plan).bypassed == ("layer2.1", "layer3.2.conv1")
+    small = lab.commit()
+    assert isinstance(small.layer2[1], nn.Identity)
+    assert lab.dense_cost().nonzero == promised.nonzero
+    assert lab.measure().accuracy == shown.accuracy
+    assert not lab.plan.bypassed
+    # Bypassed after a commit with masks: those of what is bypassed go along.
+    lab.bypass("layer1.0")
+    lab.commit()
+    shown = lab.measure()
+    lab.save(tmp_path / "lab")
+    back = pl.Lab.load(tmp_path / "lab", lambda: pl.zoo.resnet20(in_channels=1), lab.train, lab.val)
+    assert back.dense_cost() == lab.dense_cost()
+    assert back.measure().accuracy == shown.accuracy
+
+
+def test_a_repair_makes_up_for_a_bypass_in_preview_and_commit_alike(residual: pl.Lab) -> None:
+    residual.bypass("layer2.1")
+    residual.set("layer3.0.conv1", ratio=0.5)
+    residual.repair("least-squares")
+    shown = residual.measure()
+    residual.commit()
+    assert residual.measure().accuracy == shown.accuracy
+
+
+def test_a_plan_may_name_layers_by_their_modules(residual: pl.Lab) -> None:
+    residual.use(pl.Plan("l1").set("layer1.1.conv2", ratio=0.5).bypass("layer1.1"))
+    assert residual.plan.settings.keys() == {"layer1 stream"}

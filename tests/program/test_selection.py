@@ -19,6 +19,7 @@ def test_equal_content_is_equal_and_has_the_same_digest() -> None:
     assert first.digest == second.digest
     assert hash(first) == hash(second)
     assert len({first, second}) == 1
+    assert pl.Selection(bypassed=("b", "a", "b")) == pl.Selection(bypassed=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ def test_equal_content_is_equal_and_has_the_same_digest() -> None:
         pl.Selection({"b": (0, 2)}, {"w": torch.tensor([True, False])}),
         pl.Selection({"a": (0, 2)}, {"w": torch.tensor([False, False])}),
         pl.Selection({"a": (0, 2)}, {"v": torch.tensor([True, False])}),
+        pl.Selection({"a": (0, 2)}, {"w": torch.tensor([True, False])}, ("b",)),
         "a selection",
     ],
 )

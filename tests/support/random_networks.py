@@ -273,8 +273,11 @@ def _divided(draw: st.DrawFn, kind: str, channels: int, size: int, by: int) -> t
 
 
 def selection_of(program: Program, seed: int) -> pl.Selection:
-    """Random channels of some free layers, down to a single one, and a weight mask on one producer."""
+    """Random units bypassed, random channels of some free layers, down to a single one, and a mask on one producer."""
     chance = random.Random(seed)
+    bypassed = tuple(unit.name for unit in program.units if chance.random() < 0.3)
+    event(f"{'no' if not bypassed else 'some'} bypassed units")
+    program = program.without(bypassed)
     free = [layer for layer in program.layers if not layer.pinned and layer.channels > 1]
     event(f"{'no' if not free else 'some'} free layers")
     kept = {}
@@ -286,7 +289,7 @@ def selection_of(program: Program, seed: int) -> pl.Selection:
     if free and chance.random() < 0.5:
         state = chance.choice(free).producers[0][0]
         masks[state] = torch.rand(program.state(state).shape) > 0.5
-    return pl.Selection(kept, masks)
+    return pl.Selection(kept, masks, bypassed)
 
 
 def check(description: Description, seed: int) -> None:
@@ -299,7 +302,7 @@ def check(description: Description, seed: int) -> None:
     with torch.no_grad():
         assert relative(bind(program)(images), model(images)) < 1e-10
     selection = selection_of(program, seed)
-    note(str(dict(selection.kept)))
+    note(f"{selection.bypassed} {dict(selection.kept)}")
     small = pl.commit(program, selection)
     with torch.no_grad():
         logits = small(images)

@@ -94,10 +94,15 @@ def flops(model: nn.Module, images: Tensor) -> int:
 def with_channels_at_zero(program: Program, selection: Selection) -> nn.Module:
     """A copy of the user's module, nothing cut, in which all that a selection removes is zero.
 
+    Bypassed modules are replaced by identities.
+
     Where no operator looks at several channels at once (as a LayerNorm does), it computes what the smaller module
     computes, by another way.
     """
+    program = program.under(selection)
     model = copy.deepcopy(program.model)
+    for path in program.identities:
+        model.set_submodule(path, nn.Identity())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, mask in selection.masks.items():
