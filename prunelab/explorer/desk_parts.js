@@ -152,28 +152,29 @@ function commonCells(first) {
   return { title, kept: cell("kept", kept, note), share, setKept, setShares, update };
 }
 
-/** The button that removes a layer or block. Its name and field are those of the button that brings it back. */
-function makeRemove(unit, ...words) {
-  const names = { "data-layer": unit, "data-field": "unit", "data-do": "bypass", "aria-label": `remove ${unit}` };
-  return button("pl-lock", { ...names, title: `Remove ${unit}: its input passes through` }, icon("close"), ...words);
+/** The button that removes a layer or block, or brings it back: one place, so that the focus stays on it. */
+function makeRemover(unit, removed) {
+  const [word, sign] = removed ? ["restore", "undo"] : ["bypass", "close"];
+  const help = removed ? `Bring ${unit} back, with its settings` : `Remove ${unit}: its input passes through`;
+  const names = { "data-layer": unit, "data-field": "unit", "data-do": word };
+  return button("pl-lock pl-remove", { ...names, "aria-label": help, title: help }, icon(sign));
 }
 
 /** A block, or a layer that was removed: one button, no sliders. */
 function makeUnitRow(unit) {
-  const [common, wide] = [commonCells({}), h("td", { class: "c-wide", colspan: 6 })];
-  const names = { "data-layer": unit.name, "data-field": "unit", "data-do": "restore",
-    "aria-label": `restore ${unit.name}`, title: `Bring ${unit.name} back, with its settings` };
-  if (unit.removed) wide.append("removed ", button("pl-restore", names, icon("undo"), "restore"));
-  else wide.append(makeRemove(unit.name, "remove"));
+  const common = commonCells({});
+  const kind = cell("kept", span("pl-number", unit.removed ? "removed" : unit.kind));
+  const wide = h("td", { class: "c-wide", colspan: 4 }, unit.removed ? "its input passes through" : "");
   const words = { class: "pl-unit", "data-unit": unit.name, "data-removed": unit.removed };
   const update = (now, largest) => common.update({ ...now, members: 1, channels: 0 }, 0, "", largest);
-  return { node: h("tr", words, common.title, wide, common.share), update };
+  const remover = cell("lock", makeRemover(unit.name, unit.removed));
+  return { node: h("tr", words, common.title, kind, wide, remover, common.share), update };
 }
 
 function makePinnedRow(first) {
   const [common, reason] = [commonCells(first), h("span")];
   const why = h("td", { class: "c-wide", colspan: 4 }, h("div", { class: "pl-why" }, icon("pin"), reason));
-  const remove = cell("lock", ...(first.unit ? [makeRemove(first.unit)] : []));
+  const remove = cell("lock", ...(first.unit ? [makeRemover(first.unit, false)] : []));
   const words = { class: "pl-row pl-pinned", "data-row": first.name };
   const update = (row, entry, { largest }) => {
     common.update(row, row.channels, "pinned", largest);
@@ -205,7 +206,7 @@ function makeRow(first) {
   const [ratioText, stdText, word] = [span("pl-number"), span("pl-number"), span("pl-word")];
   const names = { "data-layer": first.name, "data-field": "lock", "aria-label": `lock ${first.name}` };
   const lock = button("pl-lock", names, icon("unlock"));
-  const remove = first.unit ? [makeRemove(first.unit)] : [];
+  const remove = first.unit ? [makeRemover(first.unit, false)] : [];
   const cells = [cell("scores", spark.node), cell("ratio", ratio, ratioText), cell("std", std, stdText),
     cell("grain", grain, word), cell("lock", lock, ...remove)];
   const node = h("tr", { class: "pl-row", "data-row": first.name }, common.title, common.kept, ...cells, common.share);

@@ -148,6 +148,8 @@ def test_remove_a_block_and_a_layer(notebook_page: OpenNotebook) -> None:
     block = found.locator('tr[data-unit="layer2.1"]')
     block.locator("button").click()
     expect(block).to_contain_text("removed")
+    # For the keyboard: the button that brings it back has the focus now.
+    expect(block.locator("button")).to_be_focused()
     expect(found.locator('[data-row="layer2.1.conv1"]')).to_have_count(0)
     measured(found)
     assert amount(total(found, "params")) < amount(pruned)
@@ -159,8 +161,7 @@ def test_remove_a_block_and_a_layer(notebook_page: OpenNotebook) -> None:
     measured(found)
     expect(block).to_contain_text("removed")
 
-    # By keyboard: the button that brings it back has the focus.
-    expect(block.locator("button")).to_be_focused()
+    block.locator("button").focus()
     page.page.keyboard.press("Enter")
     expect(found.locator('[data-row="layer2.1.conv1"]')).to_have_attribute("data-rule", "ratio")
     found.locator('[data-row="layer1.1.conv1"] [data-field="unit"]').click()
