@@ -75,10 +75,10 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of a batch, as PyTorch counts them while it runs."""
+def flops(model: nn.Module, *images: Tensor) -> int:
+    """FLOPs of a batch (one tensor for every argument), as PyTorch counts them while it runs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+        model(*images)
     return int(counter.get_total_flops())
 
 
