@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from random_networks import Description, check, descriptions
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(descriptions(), st.integers(0, 2**32 - 1))
 def test_random_networks(description: Description, seed: int) -> None:
     check(description, seed)

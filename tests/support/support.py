@@ -76,8 +76,8 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops(model: nn.Module, images: Tensor) -> int:
-    """FLOPs of a batch, as PyTorch counts them while it runs.
+def flops(model: nn.Module, *images: Tensor) -> int:
+    """FLOPs of a batch (one tensor for every argument), as PyTorch counts them while it runs.
 
     Attention runs unfused meanwhile: PyTorch's counter sees nothing of its fused kernels on a CPU.
     """
@@ -85,7 +85,7 @@ def flops(model: nn.Module, images: Tensor) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            model(images)
+            model(*images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
