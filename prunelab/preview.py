@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import RLock
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prunelab.errors import PruneLabError
+from prunelab.errors import PruneLabError, unknown
 from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
 from prunelab.program.guard import random_kept
-from prunelab.program.program import Program
-from prunelab.program.run import Bound, bind, removes_anything
+from prunelab.program.incremental import Incremental, Prepared
+from prunelab.program.memory import Memory
+from prunelab.program.program import Program, cost
+from prunelab.program.run import bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
 
 Z95 = 1.959963984540054
 BATCH = 256
+# Some 60 ms of two cores: a ResNet-56 on 256 images of 32 × 32.
+_STEP_MACS = 33_000_000_000
+# What bfloat16 may change in the outputs, relative to their norm, before it is too coarse for a network.
+_BEARABLE = 0.05
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Floats = NDArray[np.float64]
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Takes outputs and labels of a batch and gives one number per image, shape ``(images,)``."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,11 @@ def paired_half_width(now: NDArray[np.bool_], before: NDArray[np.bool_]) -> floa
     return Z95 * float(np.sqrt(variance)) / n
 
 
+def half_width(scores: Floats) -> float:
+    """Half width of the 95 % interval of the mean of scores, shape ``(images,)``: normal, from their spread."""
+    return Z95 * float(scores.std(ddof=1) / np.sqrt(scores.size)) if scores.size > 1 else float("inf")
+
+
 def labelled(data: Any, n: int | None = None) -> tuple[Tensor, Tensor]:
     """Images and labels of the first ``n`` items, shapes ``(n, …)`` and ``(n,)``.
 
@@ -107,26 +124,48 @@ def _collect(data: Any, n: int | None) -> tuple[Tensor, Tensor]:
 
 
 class Preview:
-    """Quick accuracy of selections on a fixed set of images. The sliced weights are run, never masks."""
+    """Quick accuracy of selections on a fixed set of images. The sliced weights are run, never masks.
 
-    def __init__(self, program: Program, images: Tensor, labels: Tensor) -> None:
+    What one selection computed serves the next: only what their difference can affect is run again.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        score: Score | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         """Args:
-            images: shape ``(images, …)`` as the network takes them.
-            labels: shape ``(images,)``, class numbers.
+            images: shape ``(images, …)`` as the network takes them; in random order, if estimates from the first
+                of them are to speak for all.
+            labels: shape ``(images,)``, class numbers; with a ``score`` of your own whatever that takes, one per
+                image.
+            score: what to measure instead of accuracy.
+            memory: where values are kept for the next selection; 1 GiB of its own unless given. Several previews
+                may share one.
 
         Raises:
             PruneLabError: shapes that do not fit each other or the network.
         """
-        if labels.dim() != 1 or labels.is_floating_point() or len(labels) != len(images) or not len(labels):
+        classes = labels.dim() == 1 and not labels.is_floating_point()
+        if len(labels) != len(images) or not len(labels) or not (classes or score):
+            what = "one value" if score else "one class number"
             raise PruneLabError(
-                f"Labels must be one class number for each of the {len(images)} images, not of shape "
+                f"Labels must be {what} for each of the {len(images)} images, not of shape "
                 f"{tuple(labels.shape)} and type {labels.dtype}."
             )
         check_images(program, inputs_of(program, images[:BATCH]))
         self.program = program
         self.images = images
         self.labels = labels
-        self._before: NDArray[np.bool_] = np.zeros(0, bool)
+        self.memory = Memory() if memory is None else memory
+        self._score = score
+        self._step = _step(program)
+        self._lock = RLock()
+        self._forget()
 
     def logits(
         self,
@@ -134,7 +173,7 @@ class Preview:
         images: Tensor | None = None,
         repaired: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        """Outputs of the pruned network, shape ``(images, classes)``.
+        """Outputs of the pruned network, shape ``(images, classes)``, in its own arithmetic.
 
         Args:
             repaired: what :func:`prunelab.repair.repair` gave for this selection.
@@ -150,63 +189,179 @@ class Preview:
         n: int | None = None,
         repaired: Mapping[str, Tensor] = MappingProxyType({}),
         on_update: Callable[[Estimate], bool | None] | None = None,
+        precision: Precision = "float32",
     ) -> Estimate:
-        """Accuracy on the first ``n`` images (all unless told).
+        """Accuracy on the first ``n`` images (all unless told), by default exactly that of the committed network.
 
         Args:
             repaired: what :func:`prunelab.repair.repair` gave for this selection.
             on_update: called with every estimate on the way; returning False stops there.
+            precision: as :meth:`estimates`.
+        """
+        for estimate in self.estimates(selection, n=n, repaired=repaired, precision=precision):
+            if on_update is not None and on_update(estimate) is False:
+                break
+        return estimate
+
+    def estimates(
+        self,
+        selection: Selection = DENSE,
+        *,
+        n: int | None = None,
+        repaired: Mapping[str, Tensor] = MappingProxyType({}),
+        precision: Precision = "auto",
+        half: float = 0.0,
+    ) -> Iterator[Estimate]:
+        """Accuracy on more and more images, each estimate on all images so far.
+
+        It can be left after any of them; then nothing runs on.
+
+        Args:
+            n: images at most; all unless told.
+            repaired: what :func:`prunelab.repair.repair` gave for this selection.
+            precision: ``float32`` for the network's own arithmetic, operator by operator: the committed network's
+                outcomes exactly. ``bfloat16`` with norms folded: a few outcomes in a thousand differ. ``auto``
+                for bfloat16 where the processor has instructions for it and the network bears it. The unpruned
+                network is run in the same.
+            half: stop once the half width of the interval of the change is at most this.
+
+        Raises:
+            PruneLabError: the selection does not fit the network, or bfloat16 was asked for and cannot be had.
         """
         started = time.perf_counter()
         total = len(self.labels) if n is None else min(n, len(self.labels))
-        before = self._correct_before(total)
-        bound = bind(self.program, selection).replaced(repaired)
-        # The same network twice: no change, and nothing uncertain about it.
         untouched = not removes_anything(self.program, selection)
-        now = np.zeros(0, bool)
-        estimate: Estimate | None = None
-        for start, stop in _growing(total):
-            now = np.concatenate([now, self._correct(bound, start, stop)])
-            estimate = self._estimate(now, before[: now.size], time.perf_counter() - started)
+        with self._lock:
+            side = self._side(precision)
+            prepared = side.engine.prepare(selection, repaired)
+        now = before = np.zeros(0)
+        for start in range(0, total, self._step):
+            stop = min(start + self._step, total)
+            with self._lock:
+                before = np.concatenate([before, self._before(side, start, stop)])
+                # The same network twice: no change, and nothing uncertain about it.
+                fresh = before[start:] if untouched else self._scores(side, prepared, start, stop)
+                now = np.concatenate([now, fresh])
+            estimate = self._estimate(now, before, side.name, time.perf_counter() - started)
             if untouched:
                 estimate = replace(estimate, half=0.0)
-            if on_update is not None and on_update(estimate) is False:
-                break
-        assert estimate is not None
-        return estimate
+            yield estimate
+            if half > 0 and estimate.half <= half:
+                return
 
-    def _estimate(self, now: NDArray[np.bool_], before: NDArray[np.bool_], seconds: float) -> Estimate:
-        low, high = wilson(int(now.sum()), now.size)
+    def _estimate(self, now: Floats, before: Floats, precision: str, seconds: float) -> Estimate:
+        if self._score is None:
+            low, high = wilson(int(now.sum()), now.size)
+            half = paired_half_width(now > 0.5, before > 0.5)
+        else:
+            own, half = half_width(now), half_width(now - before)
+            low, high = float(now.mean()) - own, float(now.mean()) + own
         return Estimate(
             accuracy=float(now.mean()),
             low=low,
             high=high,
             base=float(before.mean()),
             change=float(now.mean() - before.mean()),
-            half=paired_half_width(now, before),
+            half=half,
             n=now.size,
             total=len(self.labels),
-            precision=str(self.images.dtype).removeprefix("torch."),
+            precision=precision,
             seconds=seconds,
         )
 
-    def _correct(self, bound: Bound, start: int, stop: int) -> NDArray[np.bool_]:
-        logits = bound(self.images[start:stop].to(bound.device))
-        if logits.dim() != 2 or len(logits) != stop - start:
-            raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(logits.shape)}.")
-        return (logits.argmax(1).cpu() == self.labels[start:stop].cpu()).numpy()
+    # Running ---------------------------------------------
 
-    def _correct_before(self, n: int) -> NDArray[np.bool_]:
-        """Outcomes of the unpruned network on the first ``n`` images, run once."""
-        if self._before.size < n:
-            bound = bind(self.program)
-            done = self._before.size
-            missing = [self._correct(bound, done + a, done + b) for a, b in _growing(n - done)]
-            self._before = np.concatenate([self._before, *missing])
-        return self._before[:n]
+    def _forget(self) -> None:
+        """Begin with nothing remembered."""
+        self._sides: dict[Precision, _Side] = {}
+        self._name = object()
+        self._versions = _versions(self.program)
+
+    def _side(self, precision: Precision) -> _Side:
+        """The engine of a precision."""
+        if _versions(self.program) != self._versions:
+            # The network was trained meanwhile.
+            self._forget()
+        if precision not in self._sides:
+            self._sides[precision] = self._new_side(precision)
+        return self._sides[precision]
+
+    def _new_side(self, precision: Precision) -> _Side:
+        if precision not in get_args(Precision):
+            raise unknown("precision", precision, get_args(Precision))
+        if precision == "float32":
+            return _Side(Incremental(self.program, self.memory), str(self.images.dtype).removeprefix("torch."))
+        if precision == "auto":
+            return self._side("bfloat16" if has_bfloat16(self.program) and not self._departure() else "float32")
+        reason = self._departure()
+        if reason:
+            raise PruneLabError(f"This network cannot run in bfloat16: {reason}. Ask for float32.")
+        return _Side(Incremental(self.program, self.memory, low=True), "bfloat16")
+
+    def _departure(self) -> str:
+        """Why the network does not bear bfloat16; empty where it does."""
+        inputs = inputs_of(self.program, self.images[: self.program.batch or 32])
+        if not all(x.dtype == torch.float32 for x in inputs):
+            return "its images are not float32"
+        engine, exact = Incremental(self.program, Memory(0), low=True), bind(self.program)
+        inputs = tuple(x.to(exact.device) for x in inputs)
+        try:
+            found = engine(engine.prepare(DENSE, {}), inputs, None)
+        except (RuntimeError, TypeError) as error:
+            return str(error).partition("\n")[0]
+        wanted = exact(*inputs).double()
+        far = float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        return "" if far < _BEARABLE else f"its outputs differ by {far:.0%}"
+
+    def _before(self, side: _Side, start: int, stop: int) -> Floats:
+        """Scores of the unpruned network, run once."""
+        if (start, stop) not in side.before:
+            side.before[start, stop] = self._scores(side, side.engine.prepare(DENSE, {}), start, stop)
+        return side.before[start, stop]
+
+    def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
+        inputs = (self.images[start:stop].to(prepared.bound.device),)
+        # A newer request stops an older one: the first images are asked for most.
+        share = 1 / (1 + start // self._step)
+        outputs = side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
+        labels = self.labels[start:stop].to(outputs.device)
+        if self._score is None:
+            if outputs.dim() != 2 or len(outputs) != stop - start:
+                raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(outputs.shape)}.")
+            found = outputs.argmax(1) == labels
+        else:
+            found = self._score(outputs.to(self.images.dtype), labels)
+            if found.shape != (stop - start,):
+                raise PruneLabError(f"A score gives one number per image, not {tuple(found.shape)}.")
+        return found.double().cpu().numpy()
 
 
-def _growing(total: int) -> Iterator[tuple[int, int]]:
-    """Batches small enough that a first answer comes early and a stop is quick."""
-    for start in range(0, total, BATCH):
-        yield start, min(start + BATCH, total)
+@dataclass(frozen=True)
+class _Side:
+    """One way to compute: an engine, the name of its arithmetic, and the unpruned network's scores by batch."""
+
+    engine: Incremental
+    name: str
+    before: dict[tuple[int, int], Floats] = field(default_factory=dict)
+
+
+def _step(program: Program) -> int:
+    """Images per batch: few enough that a first answer comes early and a stop is quick."""
+    affordable = _STEP_MACS // max(cost(program.base).macs, 1)
+    if program.batch is not None or affordable >= BATCH:
+        return BATCH
+    return int(max(8, 2 ** int(np.log2(max(affordable, 1)))))
+
+
+def _versions(program: Program) -> tuple[int, ...]:
+    """How often each tensor of the network was overwritten."""
+    tensors = (program.state(name) for name in program.base.state_nodes)
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+
+def has_bfloat16(program: Program) -> bool:
+    """Whether the network lies on a processor that gains from bfloat16."""
+    tensors = [program.state(name) for name in program.base.state_nodes]
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    able = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return bool(able) and all(t.device.type == "cpu" for t in tensors)
