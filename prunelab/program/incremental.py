@@ -186,21 +186,20 @@ class Incremental:
             i: {**how.nodes[i].args, "shape": a["size"]} if how.nodes[i].opname != program.nodes[i].opname else a
             for i, a in changed.items()
         }
-        states = {n.index: cut[n.target] for n in how.nodes if n.kind == "state"}
+        states = {n.index: cut[n.target][1] for n in how.nodes if n.kind == "state"}
         addresses: list[Address] = []
         for node in how.nodes:
             if node.kind == "state":
-                addresses.append(states[node.index][0])
+                addresses.append(cut[node.target][0])
                 continue
             own = f"{node.index} {node.opname} {args.get(node.index, '')}".encode()
             fold = how.folds.get(node.index)
             reads = (*node.inputs, *(i for i in fold.states[1:] if i is not None)) if fold else node.inputs
             addresses.append(digest(own, *(addresses[i] for i in reads)))
             if fold is not None:
-                weight, bias = self._fold(fold, addresses, {i: t for i, (_, t) in states.items()})
+                weight, bias = self._fold(fold, addresses, states)
                 args[node.index] = {**args.get(node.index, node.args), "weight": weight, "bias": bias}
-        tensors = {i: tensor for i, (_, tensor) in states.items()}
-        return Prepared(how, Bound(program, tensors, args), tuple(addresses))
+        return Prepared(how, Bound(program, states, args), tuple(addresses))
 
     def _cut(
         self, program: Program, how: Recipe, selection: Selection, repaired: Mapping[str, Tensor]

@@ -1,8 +1,8 @@
 """Accuracy while a slider moves: the preview against cutting a copy and running it, on the same images.
 
-ResNet-56 for CIFAR-10. In every move one random layer's slider goes to a random place and the others stay where earlier
-moves left them. ``python tests/bench/live.py WEIGHTS CIFAR10`` prints one table; both ways are timed in turn in one run,
-so that their ratio holds on a busy machine too.
+ResNet-56 for CIFAR-10. In every move one random layer's slider goes to a random place and the others stay where
+earlier moves left them. ``python tests/bench/live.py WEIGHTS CIFAR10`` prints one table; both ways are timed in turn in
+one run, so that their ratio holds on a busy machine too.
 
 WEIGHTS is a checkpoint of the CIFAR-10 ResNet-56 by Yerlan Idelbayev, CIFAR10 a ``.npz`` of the set.
 """
@@ -20,6 +20,7 @@ import torch
 
 import prunelab as pl
 from prunelab import zoo
+from prunelab.criteria.registry import scores as scores_of
 from prunelab.datasets import npz
 from prunelab.program.memory import Memory
 from prunelab.program.program import Program
@@ -45,7 +46,7 @@ def moves(program: Program, count: int, seed: int) -> list[Selection]:
     found = []
     for _ in range(count):
         layer = chance.choice(free)
-        scores = pl.scores(program, None, "l1", layer)
+        scores = scores_of(program, None, "l1", layer)
         stay = np.argsort(scores)[chance.randrange(layer.channels) :]
         kept = {**kept, layer.name: tuple(sorted(stay.tolist()))}
         found.append(Selection(kept))
