@@ -139,8 +139,7 @@ class Preview:
         memory: Memory | None = None,
     ) -> None:
         """Args:
-            images: shape ``(images, …)`` as the network takes them; in random order, if estimates from the first
-                of them are to speak for all.
+            images: shape ``(images, …)`` as the network takes them.
             labels: shape ``(images,)``, class numbers; with a ``score`` of your own whatever that takes, one per
                 image.
             score: what to measure instead of accuracy.
@@ -164,6 +163,8 @@ class Preview:
         self.memory = Memory() if memory is None else memory
         self._score = score
         self._step = _step(program)
+        # Sets are often sorted by class: only a random sample speaks for all of it.
+        self._order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         self._lock = RLock()
         self._forget()
 
@@ -191,9 +192,10 @@ class Preview:
         on_update: Callable[[Estimate], bool | None] | None = None,
         precision: Precision = "float32",
     ) -> Estimate:
-        """Accuracy on the first ``n`` images (all unless told), by default exactly that of the committed network.
+        """Accuracy on ``n`` of the images (all unless told), by default exactly that of the committed network.
 
         Args:
+            n: images; fewer than there are are drawn at random, always the same.
             repaired: what :func:`prunelab.repair.repair` gave for this selection.
             on_update: called with every estimate on the way; returning False stops there.
             precision: as :meth:`estimates`.
@@ -217,7 +219,7 @@ class Preview:
         It can be left after any of them; then nothing runs on.
 
         Args:
-            n: images at most; all unless told.
+            n: images at most; all unless told. They come in a random order, always the same.
             repaired: what :func:`prunelab.repair.repair` gave for this selection.
             precision: ``float32`` for the network's own arithmetic, operator by operator: the committed network's
                 outcomes exactly. ``bfloat16`` with norms folded: a few outcomes in a thousand differ. ``auto``
@@ -320,11 +322,12 @@ class Preview:
         return side.before[start, stop]
 
     def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
-        inputs = (self.images[start:stop].to(prepared.bound.device),)
+        chosen = self._order[start:stop]
+        inputs = (self.images[chosen].to(prepared.bound.device),)
         # A newer request stops an older one: the first images are asked for most.
         share = 1 / (1 + start // self._step)
         outputs = side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
-        labels = self.labels[start:stop].to(outputs.device)
+        labels = self.labels[chosen].to(outputs.device)
         if self._score is None:
             if outputs.dim() != 2 or len(outputs) != stop - start:
                 raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(outputs.shape)}.")

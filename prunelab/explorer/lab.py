@@ -20,10 +20,11 @@ from prunelab.errors import PruneLabError
 from prunelab.explorer.keeping import read_lab, write_lab
 from prunelab.explorer.stage import Point, Stage
 from prunelab.plan import Plan, Setting, in_force
-from prunelab.preview import Estimate, Preview, labelled
+from prunelab.preview import Estimate, Precision, Preview, labelled
 from prunelab.profile.capture import Profile, profile
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
+from prunelab.program.memory import GIB, Memory
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
@@ -61,6 +62,7 @@ class Lab:
         cache: Path | str | bool = True,
         criterion: str = "l1",
         name: str = "",
+        memory: int = GIB,
     ) -> None:
         """Args:
             model: a trained network; it is not changed, now or later.
@@ -71,6 +73,7 @@ class Lab:
             cache: where profiles are kept, as in :func:`prunelab.profile`.
             criterion: the first plan's criterion.
             name: what to call the network in titles.
+            memory: bytes that the quick accuracy may take to keep what the next one can use.
 
         Raises:
             PruneLabError: the model or the data cannot be used.
@@ -81,6 +84,7 @@ class Lab:
         self.name = name or type(model).__name__
         self._images, self._labels = labelled(val)
         self._probe = min(probe, len(self._labels))
+        self._memory = Memory(memory)
         first = example if example is not None else self._images[:2]
         self._first = self._stage(trace(model, first), {})
         self._now: tuple[Stage, Plan] = (
@@ -308,18 +312,20 @@ class Lab:
         return found
 
     def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
-        """Quick accuracy of the plan on the probe images."""
-        return self._measured(self._probe, on_update)
+        """Quick accuracy of the plan on the probe images, in bfloat16 where the processor is made for it."""
+        return self._measured(self._probe, on_update, "auto")
 
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
-        """Accuracy of the plan on all of ``val``."""
-        return self._measured(None, on_update)
+        """Accuracy of the plan on all of ``val``, exactly that of the network that it commits."""
+        return self._measured(None, on_update, "float32")
 
-    def _measured(self, n: int | None, on_update: Callable[[Estimate], bool | None] | None) -> Estimate:
+    def _measured(
+        self, n: int | None, on_update: Callable[[Estimate], bool | None] | None, precision: Precision
+    ) -> Estimate:
         now = self._now
         selection = self.selection
         repaired = repair(self.program, self._masked(selection), self.plan.repair, self._sample())
-        found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update)
+        found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update, precision=precision)
         # A hand may have moved on meanwhile: then this accuracy is not that of the plan that is here now. And an
         # estimate that was given up half-way is not worth a point.
         if self._now is now and found.n == min(n or len(self._labels), len(self._labels)):
@@ -348,6 +354,7 @@ class Lab:
             found.high,
             found.n,
             self.plan.to_json(),
+            found.precision,
         )
         if point not in self._points:
             self._points.append(point)
@@ -402,7 +409,7 @@ class Lab:
         self._add(label, self.stage.preview.accuracy())
 
     def _stage(self, program: Program, masks: Mapping[str, Tensor]) -> Stage:
-        return Stage(program, None, Preview(program, self._images, self._labels), dict(masks))
+        return Stage(program, None, Preview(program, self._images, self._labels, memory=self._memory), dict(masks))
 
     # Keeping ---------------------------------------------
 

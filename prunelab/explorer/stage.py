@@ -34,6 +34,7 @@ class Point:
 
     Attributes:
         kind: ``dense``, ``plan``, ``commit`` or ``finetune``.
+        precision: of the arithmetic that gave the accuracy.
     """
 
     kind: str
@@ -45,3 +46,4 @@ class Point:
     high: float
     n: int
     plan: str
+    precision: str = "float32"

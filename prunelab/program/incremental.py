@@ -244,7 +244,7 @@ class Incremental:
         """
         outputs = prepared.bound.program.outputs
         with torch.no_grad():
-            values = self._values(prepared, tuple(low(x) for x in inputs) if self.low else inputs, batch, share)
+            values = self._values(prepared, inputs, batch, share)
         return next(o for o in (map_refs(o, values.__getitem__) for o in outputs) if isinstance(o, Tensor))
 
     def _values(self, prepared: Prepared, inputs: tuple[Tensor, ...], batch: Hashable, share: float) -> dict[int, Any]:
@@ -258,7 +258,8 @@ class Incremental:
         spent = time.perf_counter()
         for k in missing:
             node = nodes[k]
-            values[k] = bound.value(node, values, iter((feeds.get(k),)))
+            fed = feeds.get(k)
+            values[k] = bound.value(node, values, iter((low(fed) if self.low and fed is not None else fed,)))
             if k in kept and not _shares_memory(values[k], [values[i] for i in node.inputs]):
                 now = time.perf_counter()
                 self.memory.put((prepared.addresses[k], batch), values[k], share * (now - spent))
