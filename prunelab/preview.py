@@ -298,14 +298,14 @@ class Preview:
         reason = self._departure()
         if reason:
             raise PruneLabError(f"This network cannot run in bfloat16: {reason}. Ask for float32.")
-        return _Side(Incremental(self.program, self.memory, low=True), "bfloat16")
+        return _Side(Incremental(self.program, self.memory, fast=torch.bfloat16), "bfloat16")
 
     def _departure(self) -> str:
         """Why the network does not bear bfloat16; empty where it does."""
         inputs = inputs_of(self.program, self.images[: self.program.batch or 32])
         if not all(x.dtype == torch.float32 for x in inputs):
             return "its images are not float32"
-        engine, exact = Incremental(self.program, Memory(0), low=True), bind(self.program)
+        engine, exact = Incremental(self.program, Memory(0), fast=torch.bfloat16), bind(self.program)
         inputs = tuple(x.to(exact.device) for x in inputs)
         try:
             found = engine(engine.prepare(DENSE, {}), inputs, None)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from numpy.typing import NDArray
 from support import Network, half_of_everything, relative
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import prunelab as pl
 from prunelab import zoo
-from prunelab.preview import Estimate, labelled, paired_half_width, wilson
+from prunelab.explorer.worker import Worker
+from prunelab.preview import Estimate, has_bfloat16, labelled, paired_half_width, wilson
+from prunelab.program.memory import Memory
 
 Z = 1.959963984540054
 
@@ -168,6 +175,179 @@ def test_paired_intervals_hold_the_truth_as_often_as_they_say() -> None:
         truth = 0.05 * (0.5 - 0.9)
         held += abs(now.mean() - before.mean() - truth) <= paired_half_width(now, before)
     assert 0.93 < held / 2000 < 0.98
+
+
+Draw = Callable[[np.random.Generator, int], tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+
+def covered(preview: pl.Preview, draw: Draw, half: float) -> float:
+    """How often the interval of the change holds that on the full set, when a random order of it is gone through.
+
+    Args:
+        draw: scores of the pruned network on a full set, and of the unpruned one.
+        half: where to stop; 0 for the first 1,024 of 10,000 images.
+    """
+    random, held, runs = np.random.default_rng(0), 0, 600
+    for _ in range(runs):
+        now, before = draw(random, 10_000)
+        order = random.permutation(10_000)
+        for n in (256, 512, 768, 1024):
+            found = preview._estimate(now[order[:n]], before[order[:n]], "float32", 0.0)
+            if found.half <= half:
+                break
+        held += abs(found.change - (now.mean() - before.mean())) <= found.half
+    return held / runs
+
+
+def preview_of_nothing(score: Any = None) -> pl.Preview:
+    """A preview of which only the arithmetic of estimates is used."""
+    program = pl.trace(nn.Linear(2, 2), torch.randn(2, 2))
+    return pl.Preview(program, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), score=score)
+
+
+@pytest.mark.parametrize("half", [0.0, 0.02, 0.012])
+@pytest.mark.parametrize(("lost", "gained"), [(0.03, 0.01), (0.3, 0.02), (0.004, 0.002)])
+def test_intervals_hold_the_full_sets_change_also_when_they_end_the_run(
+    half: float, lost: float, gained: float
+) -> None:
+    def draw(random: np.random.Generator, n: int) -> tuple[Any, Any]:
+        before = random.random(n) < 0.9
+        return np.where(before, random.random(n) > lost, random.random(n) < gained * 9) * 1.0, before * 1.0
+
+    assert 0.93 < covered(preview_of_nothing(), draw, half) <= 1
+
+
+def test_intervals_of_a_score_hold_the_full_sets_change() -> None:
+    preview = preview_of_nothing(score=lambda outputs, labels: outputs[:, 0])
+
+    def draw(random: np.random.Generator, n: int) -> tuple[Any, Any]:
+        before = random.gamma(2.0, 1.0, n)
+        return before * 0.9 + random.normal(0, 0.3, n), before
+
+    for half in (0.0, 0.03):
+        assert 0.925 < covered(preview, draw, half) < 0.975
+
+
+# Precision, memory and scores ---------------------------------------------
+
+
+def test_bfloat16_gives_the_same_predictions(data: tuple[Tensor, Tensor]) -> None:
+    images, labels = data
+    for name in ("lenet", "vgg_small"):
+        program = pl.trace(zoo.load(name), images[:2])
+        preview = pl.Preview(program, images, labels)
+        fast, selection = preview._side("bfloat16").engine, pl.Selection({program.layers[0].name: (0, 1, 2, 3)})
+        for chosen in (pl.DENSE, selection):
+            found = fast(fast.prepare(chosen, {}), (images,), 0).argmax(1)
+            assert (found == preview.logits(chosen).argmax(1)).double().mean() >= 0.995
+        found = list(preview.estimates(selection, precision="bfloat16"))
+        assert [e.precision for e in found] == ["bfloat16"] * 4
+        assert found[-1].accuracy == pytest.approx(preview.accuracy(selection).accuracy, abs=0.005)
+
+
+def test_auto_says_what_it_took(program: pl.Program, data: tuple[Tensor, Tensor]) -> None:
+    found = next(pl.Preview(program, *data).estimates())
+    assert found.precision == ("bfloat16" if has_bfloat16(program) else "float32")
+    double = pl.trace(copy.deepcopy(program.model).double(), data[0][:2].double())
+    assert next(pl.Preview(double, data[0].double(), data[1]).estimates()).precision == "float64"
+
+
+class Loud(nn.Module):
+    """What bfloat16 cannot hold: a small difference of large numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) + 1000) - 1000
+
+
+def test_a_network_that_bfloat16_is_too_coarse_for_stays_in_float32(data: tuple[Tensor, Tensor]) -> None:
+    preview = pl.Preview(pl.trace(Loud(), data[0][:2]), *data)
+    assert next(preview.estimates()).precision == "float32"
+    with pytest.raises(pl.PruneLabError, match="cannot run in bfloat16: its outputs differ by"):
+        next(preview.estimates(precision="bfloat16"))
+    with pytest.raises(pl.PruneLabError, match="no precision 'float8'"):
+        next(preview.estimates(precision="float8"))  # type: ignore[arg-type]
+
+
+def test_an_estimate_ends_where_its_interval_is_narrow_enough(program: pl.Program, data: tuple[Tensor, Tensor]) -> None:
+    preview, selection = pl.Preview(program, *data), half_of_everything(program)
+    halves = [e.half for e in preview.estimates(selection)]
+    assert len(halves) == 4
+    assert [e.half for e in preview.estimates(selection, half=halves[1])] == halves[:2]
+    assert [e.half for e in preview.estimates(selection, half=1.0)] == halves[:1]
+
+
+def test_images_come_in_a_random_order(data: tuple[Tensor, Tensor]) -> None:
+    images, order = data[0], data[1].argsort()
+    program = pl.trace(zoo.load("lenet"), images[:2])
+    first = pl.Preview(program, images[order], data[1][order]).accuracy(n=256)
+    # Sorted by class, the first quarter would be three classes, easy ones or hard ones.
+    assert first.low < pl.Preview(program, images, data[1]).accuracy().accuracy < first.high
+
+
+def test_a_network_that_was_trained_meanwhile_is_measured_anew(data: tuple[Tensor, Tensor]) -> None:
+    program = pl.trace(copy.deepcopy(zoo.load("lenet")), data[0][:2])
+    preview = pl.Preview(program, *data)
+    before = preview.accuracy()
+    with torch.no_grad():
+        next(program.model.parameters()).zero_()
+    after = preview.accuracy()
+    assert before.accuracy > after.accuracy == after.base == pl.Preview(program, *data).accuracy().accuracy
+
+
+def test_a_score_of_the_users(program: pl.Program, data: tuple[Tensor, Tensor]) -> None:
+    images, labels = data
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+    selection = half_of_everything(program)
+    found = pl.Preview(program, images, labels, score=loss).accuracy(selection)
+    preview = pl.Preview(program, images, labels)
+    now, before = (loss(preview.logits(chosen), labels).double().numpy() for chosen in (selection, pl.DENSE))
+    assert found.accuracy == pytest.approx(now.mean(), rel=1e-5)
+    assert found.change == pytest.approx(now.mean() - before.mean(), rel=1e-4)
+    assert found.half == pytest.approx(Z * (now - before).std(ddof=1) / math.sqrt(1000), rel=1e-4)
+    with pytest.raises(pl.PruneLabError, match="one number per image"):
+        pl.Preview(program, images, labels, score=lambda outputs, labels: outputs.mean()).accuracy()
+
+
+def test_ten_thousand_requests_leave_the_last_ones_answer(data: tuple[Tensor, Tensor]) -> None:
+    images, labels = data
+    program = pl.trace(zoo.load("lenet"), images[:2])
+    memory, errors, shown = Memory(2**22), [], []
+    preview = pl.Preview(program, images, labels, memory=memory)
+    worker = Worker(errors.append)
+    layer = program.layers[0]
+    selections = [pl.Selection({layer.name: tuple(range(k + 1))}) for k in range(layer.channels)]
+
+    def request(selection: pl.Selection) -> Callable[[Callable[[], bool]], None]:
+        def work(wanted: Callable[[], bool]) -> None:
+            found = preview.accuracy(selection, on_update=lambda _: wanted(), precision="auto")
+            shown.append((found, selection))
+
+        return work
+
+    threads = threading.active_count()
+    for k in range(10_000):
+        worker.latest(request(selections[k % len(selections)]))
+        if k % 1_000 == 0:
+            time.sleep(0.02)
+    assert worker.drain(60)
+    assert not errors
+    assert threading.active_count() <= threads + 1
+    assert 0 < memory.held <= memory.budget
+    last, selection = shown[-1]
+    assert (last.n, selection) == (1000, selections[9_999 % len(selections)])
+    assert last.accuracy == pl.Preview(program, images, labels).accuracy(selection, precision="auto").accuracy
+
+
+def test_two_threads_at_once_get_what_each_would_get_alone(program: pl.Program, data: tuple[Tensor, Tensor]) -> None:
+    preview = pl.Preview(program, *data, memory=Memory(2**23))
+    selections = [half_of_everything(program, seed) for seed in range(4)]
+    alone = [pl.Preview(program, *data).accuracy(selection) for selection in selections]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(preview.accuracy, selections * 3))
+    assert [(e.accuracy, e.base, e.half) for e in together] == [(e.accuracy, e.base, e.half) for e in alone] * 3
 
 
 # Data ---------------------------------------------

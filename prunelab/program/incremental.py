@@ -56,7 +56,7 @@ class Recipe:
     """How a program's nodes are run, whatever the selection.
 
     Attributes:
-        nodes: the program's, rewritten: in bfloat16 norms that are folded only pass on what they get.
+        nodes: the program's, rewritten: norms that are folded only pass on what they get.
         folds: by node of the convolution.
         owners: for every state, the places of the layers that cut it.
         kept: nodes whose values are worth keeping.
@@ -70,20 +70,22 @@ class Recipe:
     exact: frozenset[int]
 
 
-def recipe(program: Program, low: bool) -> Recipe:
+def recipe(program: Program, fast: bool) -> Recipe:
     """What can be said of a program before any selection.
 
     Args:
-        low: in bfloat16, with norms folded; else operator by operator as the user's forward has them.
+        fast: with norms folded; else operator by operator as the user's forward has them.
     """
-    folds = {fold.node.index: fold for fold in find_folds(program)} if low else {}
+    folds = {fold.node.index: fold for fold in find_folds(program)} if fast else {}
     norms = {fold.norm.index: fold for fold in folds.values()}
-    nodes = tuple(_rewritten(node, norms) for node in program.nodes) if low else program.nodes
+    nodes = tuple(_rewritten(node, norms) for node in program.nodes) if fast else program.nodes
     inexact = {
         i for node in program.nodes if node.opname != "batch_norm" and node.index not in folds for i in node.inputs
     }
     exact = frozenset(n.index for n in nodes if n.kind == "state" and n.index not in inexact)
-    return Recipe(nodes, folds, _owners(program), worth_keeping(nodes, program.outputs), exact)
+    # The whole network's, so that what it left in memory is found where units are bypassed.
+    kept = worth_keeping(program.base.nodes, program.outputs)
+    return Recipe(nodes, folds, _owners(program), kept, exact)
 
 
 def _rewritten(node: Node, norms: Mapping[int, Fold]) -> Node:
@@ -155,15 +157,15 @@ class Incremental:
     """Runs one network with many selections; slices and computes again only what differs.
 
     Attributes:
-        low: whether it computes in bfloat16, with norms folded and channels innermost; else exactly as
+        fast: the type to compute in, with norms folded and channels innermost; None to compute exactly what
             :class:`prunelab.program.run.Bound` does.
     """
 
-    def __init__(self, program: Program, memory: Memory, low: bool = False) -> None:
+    def __init__(self, program: Program, memory: Memory, fast: torch.dtype | None = None) -> None:
         self.program = program.base
         self.memory = memory
-        self.low = low
-        self._recipe = lru_cache(maxsize=8)(lambda p: recipe(p, low))
+        self.fast = fast
+        self._recipe = lru_cache(maxsize=8)(lambda p: recipe(p, fast is not None))
         self._states: dict[str, tuple[Hashable, Address, Tensor]] = {}
         self._folded: dict[int, tuple[Address, Tensor, Tensor]] = {}
 
@@ -185,6 +187,7 @@ class Incremental:
         args: dict[int, Mapping[str, Any]] = {
             i: {**how.nodes[i].args, "shape": a["size"]} if how.nodes[i].opname != program.nodes[i].opname else a
             for i, a in changed.items()
+            if a != program.nodes[i].args
         }
         states = {n.index: cut[n.target][1] for n in how.nodes if n.kind == "state"}
         addresses: list[Address] = []
@@ -225,15 +228,22 @@ class Incremental:
         return {name: self._states[name][1:] for name in keys}
 
     def _formatted(self, program: Program, how: Recipe, name: str, tensor: Tensor) -> Tensor:
-        return low(tensor) if self.low and program.state_nodes[name] not in how.exact else tensor
+        return tensor if program.state_nodes[name] in how.exact else self._fast(tensor)
 
     def _fold(self, fold: Fold, addresses: list[Address], states: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
         key = digest(*(b"" if i is None else addresses[i] for i in fold.states))
         found = self._folded.get(fold.node.index)
         if found is None or found[0] != key:
             weight, bias = folded(fold, states)
-            found = self._folded[fold.node.index] = (key, low(weight), low(bias))
+            found = self._folded[fold.node.index] = (key, self._fast(weight), self._fast(bias))
         return found[1:]
+
+    def _fast(self, tensor: Tensor) -> Tensor:
+        """In the type to compute in if it holds fractions, with channels innermost if it holds images or filters."""
+        if self.fast is None:
+            return tensor
+        layout = torch.channels_last if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self.fast if tensor.is_floating_point() else tensor.dtype, memory_format=layout)
 
     def __call__(self, prepared: Prepared, inputs: tuple[Tensor, ...], batch: Hashable, share: float = 1.0) -> Tensor:
         """The network's (first) output for a batch.
@@ -252,14 +262,13 @@ class Incremental:
         nodes, kept, bound = prepared.recipe.nodes, prepared.recipe.kept, prepared.bound
         wanted = [o.index for o in bound.program.outputs if isinstance(o, Ref)]
         values, missing = self._found(prepared, wanted, batch)
-        feeds = {n.index: x for n, x in zip((n for n in nodes if n.kind == "input"), inputs, strict=False)}
+        feeds = {n.index: (x,) for n, x in zip((n for n in nodes if n.kind == "input"), inputs, strict=False)}
         readers = Counter(i for k in missing for i in nodes[k].inputs)
         readers.update(wanted)
         spent = time.perf_counter()
         for k in missing:
             node = nodes[k]
-            fed = feeds.get(k)
-            values[k] = bound.value(node, values, iter((low(fed) if self.low and fed is not None else fed,)))
+            values[k] = bound.value(node, values, map(self._fast, feeds.get(k, ())))
             if k in kept and not _shares_memory(values[k], [values[i] for i in node.inputs]):
                 now = time.perf_counter()
                 self.memory.put((prepared.addresses[k], batch), values[k], share * (now - spent))
@@ -286,13 +295,6 @@ class Incremental:
             missing.add(k)
             todo.extend(prepared.recipe.nodes[k].inputs)
         return values, sorted(missing)
-
-
-def low(tensor: Tensor) -> Tensor:
-    """In bfloat16 if it holds fractions, and with channels innermost if it holds images or their filters."""
-    images = tensor.dim() == 4
-    layout = torch.channels_last if images else torch.preserve_format
-    return tensor.to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype, memory_format=layout)
 
 
 def _address(program: Program, name: str, gone: Any, mask: Address) -> Address:

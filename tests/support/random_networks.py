@@ -15,6 +15,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 import prunelab as pl
+from prunelab.program.incremental import Incremental
+from prunelab.program.memory import Memory
 from prunelab.program.program import Program
 from prunelab.program.run import bind
 
@@ -249,12 +251,23 @@ def check(description: Description, seed: int) -> None:
     _agree(bind(program, selection).run(images), small, images)
     if not description.mixes:
         _agree(bind(program, selection).run(images), with_channels_at_zero(program, selection), images)
+    _check_incremental(program, selection, images)
     projected = pl.cost(program, selection)
     assert projected.params == parameters(small)
     assert projected.flops == flops(small, *(x[:1] for x in images))
     state = {t.data_ptr(): t for t in small.state_dict().values()}.values()
     assert projected.bytes == sum(t.numel() * t.element_size() for t in state)
     _check_profile(program, images)
+
+
+def _check_incremental(program: Program, selection: pl.Selection, images: tuple[Tensor, ...]) -> None:
+    """Values kept from other selections, and norms folded into convolutions, give the same outputs."""
+    exact = Incremental(program, Memory())
+    folding = Incremental(program, Memory(), fast=torch.float64)
+    for chosen in (pl.DENSE, selection, pl.DENSE, selection):
+        expected = bind(program, chosen)(*images)
+        assert torch.equal(exact(exact.prepare(chosen, {}), images, "batch"), expected)
+        assert relative(folding(folding.prepare(chosen, {}), images, "batch"), expected) < 1e-10
 
 
 def _agree(ours: tuple[Any, ...], model: nn.Module, images: tuple[Tensor, ...]) -> None:
