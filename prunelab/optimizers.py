@@ -22,7 +22,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Memory:
+class Cache:
     """What an optimizer holds, with names in place of parameters.
 
     Attributes:
@@ -58,7 +58,7 @@ def carry(optimizer: Optimizer, program: Program, selection: Selection, small: n
     return build(type(optimizer), replace(memory, state=_cut(memory.state, program, selection, small)), small)
 
 
-def read(optimizer: Optimizer, model: nn.Module) -> Memory:
+def read(optimizer: Optimizer, model: nn.Module) -> Cache:
     """What an optimizer over a network's parameters holds; the tensors are the optimizer's own.
 
     Raises:
@@ -71,7 +71,7 @@ def read(optimizer: Optimizer, model: nn.Module) -> Memory:
             f"The optimizer holds a parameter of shape {tuple(foreign.shape)} that is not one of this "
             f"{type(unwrap(model)).__name__}'s: give the optimizer of this very network."
         )
-    return Memory(
+    return Cache(
         kind=type(optimizer).__name__,
         defaults=dict(optimizer.defaults),
         groups=tuple(
@@ -82,7 +82,7 @@ def read(optimizer: Optimizer, model: nn.Module) -> Memory:
     )
 
 
-def build(make: Callable[..., Optimizer], memory: Memory, model: nn.Module) -> Optimizer:
+def build(make: Callable[..., Optimizer], memory: Cache, model: nn.Module) -> Optimizer:
     """An optimizer over a network's parameters that holds a memory; names that the network lacks are left out.
 
     Args:
@@ -149,7 +149,7 @@ def _is_one_number(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, Tensor) else value is None or isinstance(value, bool | int | float)
 
 
-def to_record(memory: Memory, hold: Callable[[Tensor], Any]) -> Values:
+def to_record(memory: Cache, hold: Callable[[Tensor], Any]) -> Values:
     """A memory as values that JSON can hold.
 
     Args:
@@ -169,7 +169,7 @@ def to_record(memory: Memory, hold: Callable[[Tensor], Any]) -> Values:
         raise PruneLabError(f"This {memory.kind} cannot be saved without pickle: {error}") from error
 
 
-def from_record(record: Values, held: Callable[[Any], Tensor], model: nn.Module) -> Memory:
+def from_record(record: Values, held: Callable[[Any], Tensor], model: nn.Module) -> Cache:
     """The reverse of :func:`to_record`, with tensors on the devices where their parameters are.
 
     Args:
@@ -185,4 +185,4 @@ def from_record(record: Values, held: Callable[[Any], Tensor], model: nn.Module)
         for key, value in state[name].items():
             if isinstance(value, Tensor) and (key != "step" or name in on_device):
                 state[name][key] = value.to(parameters[name].device)
-    return Memory(record["class"], from_plain(record["defaults"], held), groups, state)
+    return Cache(record["class"], from_plain(record["defaults"], held), groups, state)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from prunelab.errors import PruneLabError, unknown
 from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
+from prunelab.program.cache import Cache
 from prunelab.program.guard import random_kept
 from prunelab.program.incremental import Incremental, Prepared
-from prunelab.program.memory import Memory
 from prunelab.program.program import Program, cost
 from prunelab.program.run import bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
@@ -136,7 +136,7 @@ class Preview:
         labels: Tensor,
         *,
         score: Score | None = None,
-        memory: Memory | None = None,
+        memory: Cache | None = None,
     ) -> None:
         """Args:
             images: shape ``(images, …)`` as the network takes them.
@@ -160,7 +160,7 @@ class Preview:
         self.program = program
         self.images = images
         self.labels = labels
-        self.memory = Memory() if memory is None else memory
+        self.memory = Cache() if memory is None else memory
         self._score = score
         self._step = _step(program)
         # Sets are often sorted by class: only a random sample speaks for all of it.
@@ -305,7 +305,7 @@ class Preview:
         inputs = inputs_of(self.program, self.images[: self.program.batch or 32])
         if not all(x.dtype == torch.float32 for x in inputs):
             return "its images are not float32"
-        engine, exact = Incremental(self.program, Memory(0), fast=torch.bfloat16), bind(self.program)
+        engine, exact = Incremental(self.program, Cache(0), fast=torch.bfloat16), bind(self.program)
         inputs = tuple(x.to(exact.device) for x in inputs)
         try:
             found = engine(engine.prepare(DENSE, {}), inputs, None)

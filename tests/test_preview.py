@@ -24,7 +24,7 @@ import prunelab as pl
 from prunelab import zoo
 from prunelab.explorer.worker import Worker
 from prunelab.preview import Estimate, has_bfloat16, labelled, paired_half_width, wilson
-from prunelab.program.memory import Memory
+from prunelab.program.cache import Cache
 
 Z = 1.959963984540054
 
@@ -314,7 +314,7 @@ def test_a_score_of_the_users(program: pl.Program, data: tuple[Tensor, Tensor]) 
 def test_ten_thousand_requests_leave_the_last_ones_answer(data: tuple[Tensor, Tensor]) -> None:
     images, labels = data
     program = pl.trace(zoo.load("lenet"), images[:2])
-    memory, errors, shown = Memory(2**22), [], []
+    memory, errors, shown = Cache(2**22), [], []
     preview = pl.Preview(program, images, labels, memory=memory)
     worker = Worker(errors.append)
     layer = program.layers[0]
@@ -342,7 +342,7 @@ def test_ten_thousand_requests_leave_the_last_ones_answer(data: tuple[Tensor, Te
 
 
 def test_two_threads_at_once_get_what_each_would_get_alone(program: pl.Program, data: tuple[Tensor, Tensor]) -> None:
-    preview = pl.Preview(program, *data, memory=Memory(2**23))
+    preview = pl.Preview(program, *data, memory=Cache(2**23))
     selections = [half_of_everything(program, seed) for seed in range(4)]
     alone = [pl.Preview(program, *data).accuracy(selection) for selection in selections]
     with ThreadPoolExecutor(4) as pool:

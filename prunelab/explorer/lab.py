@@ -22,9 +22,9 @@ from prunelab.explorer.stage import Point, Stage
 from prunelab.plan import Plan, Setting, in_force
 from prunelab.preview import Estimate, Precision, Preview, labelled
 from prunelab.profile.capture import Profile, profile
+from prunelab.program.cache import GIB, Cache
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
-from prunelab.program.memory import GIB, Memory
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
@@ -84,7 +84,7 @@ class Lab:
         self.name = name or type(model).__name__
         self._images, self._labels = labelled(val)
         self._probe = min(probe, len(self._labels))
-        self._memory = Memory(memory)
+        self._memory = Cache(memory)
         first = example if example is not None else self._images[:2]
         self._first = self._stage(trace(model, first), {})
         self._now: tuple[Stage, Plan] = (

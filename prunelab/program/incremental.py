@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelab.program.cache import Cache
 from prunelab.program.fold import Fold, find_folds, folded
 from prunelab.program.ids import FIXED
-from prunelab.program.memory import Memory
 from prunelab.program.nodes import Node, Ref, map_refs
 from prunelab.program.program import Program
 from prunelab.program.run import (
@@ -161,7 +161,7 @@ class Incremental:
             :class:`prunelab.program.run.Bound` does.
     """
 
-    def __init__(self, program: Program, memory: Memory, fast: torch.dtype | None = None) -> None:
+    def __init__(self, program: Program, memory: Cache, fast: torch.dtype | None = None) -> None:
         self.program = program.base
         self.memory = memory
         self.fast = fast

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunelab as pl
 from prunelab import zoo
+from prunelab.program.cache import Cache
 from prunelab.program.fold import find_folds
 from prunelab.program.incremental import Incremental
-from prunelab.program.memory import Memory
 from prunelab.program.run import bind
 from prunelab.repair import repair
 
@@ -70,8 +70,8 @@ def walk(program: pl.Program, count: int, seed: int = 0) -> list[pl.Selection]:
 def test_outputs_are_those_of_the_plain_interpreter(network: str, budget: int) -> None:
     net = NETWORKS[network]
     program, images = pl.trace(net.build(), net.images()), net.images()
-    exact = Incremental(program, Memory(budget))
-    folding = Incremental(program, Memory(budget), fast=torch.float64)
+    exact = Incremental(program, Cache(budget))
+    folding = Incremental(program, Cache(budget), fast=torch.float64)
     for selection in walk(program, 6):
         expected = bind(program, selection)(images)
         # The same operators on the same values give the same bits; folding rounds differently.
@@ -82,7 +82,7 @@ def test_outputs_are_those_of_the_plain_interpreter(network: str, budget: int) -
 def test_repaired_tensors_are_part_of_the_address() -> None:
     net = NETWORKS["residual"]
     program, images = pl.trace(net.build(), net.images(8)), net.images(8)
-    selection, engine = half_of_everything(program), Incremental(program, Memory())
+    selection, engine = half_of_everything(program), Incremental(program, Cache())
     mended = repair(program, selection, "least-squares", images)
     repairs = [{}, mended, {name: tensor + 0.1 for name, tensor in mended.items()}]
     outputs = []
@@ -95,7 +95,7 @@ def test_repaired_tensors_are_part_of_the_address() -> None:
 def test_only_what_a_change_can_affect_runs_again() -> None:
     net = NETWORKS["residual"]
     program, images = pl.trace(net.build(), net.images()), net.images()
-    engine = Incremental(program, Memory())
+    engine = Incremental(program, Cache())
 
     def run(selection: pl.Selection) -> int:
         prepared = engine.prepare(selection, {})
@@ -119,7 +119,7 @@ def test_only_what_a_change_can_affect_runs_again() -> None:
 def test_only_what_changed_is_sliced() -> None:
     net = NETWORKS["residual"]
     program = pl.trace(net.build(), net.images())
-    engine = Incremental(program, Memory(), fast=torch.bfloat16)
+    engine = Incremental(program, Cache(), fast=torch.bfloat16)
     before = engine.prepare(pl.DENSE, {}).bound
     after = engine.prepare(pl.Selection({"layer2.1.conv1": (0, 1)}), {}).bound
     changed = {program.nodes[i].target for i, t in after.states.items() if t is not before.states[i]}
@@ -148,7 +148,7 @@ def test_a_norm_is_folded_only_where_nobody_else_reads_what_it_reads() -> None:
     net = Network(Twice, (3, 6, 6))
     program, images = pl.trace(net.build(), net.images()), net.images()
     assert [fold.norm.module for fold in find_folds(program)] == ["second", "last"]
-    engine = Incremental(program, Memory(), fast=torch.float64)
+    engine = Incremental(program, Cache(), fast=torch.float64)
     for selection in walk(program, 5):
         expected = bind(program, selection)(images)
         assert relative(engine(engine.prepare(selection, {}), (images,), 0), expected) < 1e-12
@@ -157,7 +157,7 @@ def test_a_norm_is_folded_only_where_nobody_else_reads_what_it_reads() -> None:
 def test_batches_do_not_mix() -> None:
     net = NETWORKS["chain"]
     program = pl.trace(net.build(), net.images())
-    engine = Incremental(program, Memory())
+    engine = Incremental(program, Cache())
     prepared = engine.prepare(half_of_everything(program), {})
     for _ in range(2):
         for count in (2, 3, 4):
@@ -168,6 +168,6 @@ def test_batches_do_not_mix() -> None:
 def test_addresses_are_all_different() -> None:
     net = NETWORKS["residual"]
     program = pl.trace(net.build(), net.images())
-    engine = Incremental(program, Memory())
+    engine = Incremental(program, Cache())
     addresses = engine.prepare(half_of_everything(program), {}).addresses
     assert max(Counter(addresses).values()) == 1

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 import prunelab as pl
+from prunelab.program.cache import Cache
 from prunelab.program.incremental import Incremental
-from prunelab.program.memory import Memory
 from prunelab.program.program import Program
 from prunelab.program.run import bind
 
@@ -262,8 +262,8 @@ def check(description: Description, seed: int) -> None:
 
 def _check_incremental(program: Program, selection: pl.Selection, images: tuple[Tensor, ...]) -> None:
     """Values kept from other selections, and norms folded into convolutions, give the same outputs."""
-    exact = Incremental(program, Memory())
-    folding = Incremental(program, Memory(), fast=torch.float64)
+    exact = Incremental(program, Cache())
+    folding = Incremental(program, Cache(), fast=torch.float64)
     for chosen in (pl.DENSE, selection, pl.DENSE, selection):
         expected = bind(program, chosen)(*images)
         assert torch.equal(exact(exact.prepare(chosen, {}), images, "batch"), expected)

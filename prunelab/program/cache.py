@@ -21,7 +21,7 @@ class _Held:
     rank: float
 
 
-class Memory:
+class Cache:
     """A store of tensors by key that never holds more than ``budget`` bytes.
 
     What goes first is what saves the fewest seconds per byte and has not been asked for lately: the greedy dual
