@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -192,16 +192,20 @@ class Stand:
     def forward(self, selection: Selection) -> tuple[Calls, str]:
         """What the user's forward calls on a cut, and why it fails, or ""."""
         try:
-            # The program's tensors want no gradients either; torch decomposes a product by whether they do.
-            module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+            module = self._module(selection)
         except Exception as error:
             return [], f"it cannot be cut: {sentence(error)}"
         said, problem = self.record(lambda: module(*self.args))
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
+    def _module(self, selection: Selection) -> nn.Module:
+        """A cut copy of the user's module on tensors without data."""
+        # Torch multiplies matrices in another way where a weight wants a gradient; the program's weights never do.
+        return cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+
     def _line(self, selection: Selection, at: int) -> str:
         """Where in the user's code the forward of a cut makes one of its calls."""
-        module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+        module = self._module(selection)
         with torch.no_grad(), self.inside(), _Recorder(lines=True) as recorder, suppress(Exception):
             module(*self.args)
         return str(recorder.lines[at])
