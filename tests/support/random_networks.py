@@ -162,6 +162,7 @@ def _overwritten(x: Tensor, _: list[Tensor]) -> Tensor:
 
 FUNCTIONS: dict[str, Any] = {
     "relu": lambda x, _: x.relu(),
+    "relu_in_place": lambda x, _: functional.relu(x, inplace=True),
     "silu": lambda x, _: functional.silu(x),
     "sigmoid": lambda x, _: x.sigmoid(),
     "max_pool": lambda x, _: functional.max_pool2d(x, 2),
@@ -183,6 +184,7 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 PLAIN = (
+    "relu_in_place",
     "relu",
     "relu",
     "silu",
