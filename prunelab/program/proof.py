@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
 from prunelab.program.lines import running_line, sentence
 from prunelab.program.run import bind
@@ -281,7 +282,11 @@ def unprovable_bypasses(
 
     def search(stand: Stand) -> set[Unit]:
         def check(group: list[Unit], some: list[int]) -> str:
-            return replace(stand, program=bypassed([group[k] for k in some])).departure(stand)
+            try:
+                program = bypassed([group[k] for k in some])
+            except PruneLabError as error:
+                return str(error)
+            return replace(stand, program=program).departure(stand)
 
         return {group[k] for group in groups for k in _search([*range(len(group))], partial(check, group))}
 

@@ -74,6 +74,7 @@ MIXING = {
     *("group_norm", "channel_mean", "softmax", "layer_norm", "rms_norm", "attention", "weight_norm", "normalised"),
 }
 PLAIN = (
+    "relu_in_place",
     "relu",
     "relu",
     "silu",
