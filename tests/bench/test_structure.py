@@ -34,15 +34,19 @@ def chain() -> nn.Module:
 
 
 def test_the_check_accepts_a_right_cut_and_finds_a_wrong_one(structure: ModuleType) -> None:
-    model, x = chain(), torch.randn(3, 4, dtype=torch.float64)
+    model, x = structure.numbered(chain()), torch.randn(3, 4, dtype=torch.float64)
     program = pl.trace(model, x)
     small = pl.commit(program, pl.Selection(kept={"0": (0, 2, 5), "3": (1, 2)}))
     assert structure.difference(model, small, x) < structure.EXACT
     wrong = copy.deepcopy(small)
     with torch.no_grad():
-        # The second layer reads channels 0, 2 and 6, but gets 0, 2 and 5.
+        # The second layer holds the numbers for channels 0, 2 and 6, but gets 0, 2 and 5.
         wrong[3].weight[:, 2] = model[3].weight[[1, 2], 6]
     assert structure.difference(model, wrong, x) > 1e-3
+    with torch.no_grad():
+        wrong[5].bias.mul_(2)
+    with pytest.raises(ValueError, match="have changed"):
+        structure.difference(model, wrong, x)
 
 
 def test_the_table_says_what_failed(structure: ModuleType, tmp_path: Path) -> None:
