@@ -132,7 +132,7 @@ PINNED: dict[str, tuple[Body, str]] = {
     "a number from a size": (lambda net, y: net.b(y * y.shape[1] ** -0.5), "does not follow the cut at mul"),
     "a literal view": (
         lambda net, y: net.b(y.view(-1, 8, 36).view(-1, 8, 6, 6)),
-        "forward fails when it is cut",
+        "does not follow the cut at view",
     ),
     "squeezed without a name": (
         lambda net, y: net.b(y.mean((2, 3), keepdim=True).squeeze((1, 2, 3))[:, :, None, None]),
