@@ -96,7 +96,8 @@ class _Stand:
             if i < len(expected) and j < len(said) and expected[i] != said[j]:
                 name, read = said[j]
                 where = f"{name}{self.line(selection, j)}"
-                return f"your forward does not follow the cut at {where}: it would read {read}, not {expected[i][1]}"
+                wanted = f", not {expected[i][1]}" if expected[i][0] == name else ""
+                return f"your forward does not follow the cut at {where}: it would read {read}{wanted}"
         return failed or ("" if same_path else "your forward takes another path when it is cut")
 
     @cached_property
