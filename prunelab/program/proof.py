@@ -127,10 +127,10 @@ class Stand:
             node, (name, wanted) = expected[i]
             called, read = said[j]
             if expected[i][1] != said[j]:
-                does = f"would read {read}, not {wanted}" if called == name else f"calls {called} there"
-                where = self._line(selection, j)
+                where, other = self._line(selection, j), f", not {wanted}" if called == name else ""
                 # What goes wrong first is the cause, also where forward fails only later.
-                return Failure(f"your forward does not follow the cut at {name}{where}: it {does}", node)
+                reason = f"your forward does not follow the cut at {called}{where}: it would read {read}{other}"
+                return Failure(reason, node)
         if error:
             return Failure(error, self._node_at(len(said), expected))
         if self._same_when_dense and len(expected) != len(said):
