@@ -269,13 +269,21 @@ def measured(side: str, name: str, limit: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     """The rows as a table in Markdown: one line per network, both sides beside each other."""
-    heads = ["network", "find structure (s)", "prune to half (s)", "count again (ms)", "masked = pruned"]
-    lines = [f"| {' | '.join(heads)} |", f"| --- | {' | '.join(['---:'] * 4)} |"]
+    heads = [
+        "network",
+        "find structure (s)",
+        "prune to half (s)",
+        "parameters left (%)",
+        "count again (ms)",
+        "masked = pruned",
+    ]
+    lines = [f"| {' | '.join(heads)} |", f"| --- | {' | '.join(['---:'] * 5)} |"]
     for name in dict.fromkeys(row["model"] for row in rows):
         pair = [next((r for r in rows if (r["model"], r["side"]) == (name, side)), {}) for side in SIDES]
         cells = [
             " / ".join(number(r, "find", 1, 2) for r in pair),
             " / ".join(number(r, "prune", 1, 2) for r in pair),
+            " / ".join(number(r, "params", 100, 0) for r in pair),
             " / ".join(number(r, "project", 1000, 2 if r is pair[0] else 0) for r in pair),
             " / ".join(verdict(r) for r in pair),
         ]

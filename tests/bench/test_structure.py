@@ -51,7 +51,15 @@ def test_the_check_accepts_a_right_cut_and_finds_a_wrong_one(structure: ModuleTy
 
 def test_the_table_says_what_failed(structure: ModuleType, tmp_path: Path) -> None:
     rows = [
-        {"model": "a", "side": "prunelab", "find": 1.0, "prune": 0.5, "project": 0.001, "difference": 3e-16},
+        {
+            "model": "a",
+            "side": "prunelab",
+            "find": 1.0,
+            "prune": 0.5,
+            "params": 0.27,
+            "project": 0.001,
+            "difference": 3e-16,
+        },
         {"model": "a", "side": "torch_pruning", "error": "not done within 45 s", "find": 2.0},
         {"model": "b", "side": "prunelab", "error": "ValueError: something (long)"},
         {"model": "b", "side": "torch_pruning", "find": 1.0, "prune": 1.0, "project": 0.1, "difference": 0.5},
@@ -61,7 +69,7 @@ def test_the_table_says_what_failed(structure: ModuleType, tmp_path: Path) -> No
     structure.write(rows, readme)
     lines = readme.read_text(encoding="utf-8").splitlines()
     assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
-    assert lines[4] == "| a | 1.00 / 2.00 | 0.50 / – | 1.00 / – | 3e-16 / not done within 45 s |"
-    assert lines[5] == "| b | – / 1.00 | – / 1.00 | – / 100 | fails: ValueError / runs (5e-01) |"
+    assert lines[4] == "| a | 1.00 / 2.00 | 0.50 / – | 27 / – | 1.00 / – | 3e-16 / not done within 45 s |"
+    assert lines[5] == "| b | – / 1.00 | – / 1.00 | – / – | – / 100 | fails: ValueError / runs (5e-01) |"
     with pytest.raises(SystemExit, match="has no"):
         structure.write(rows, Path(__file__))
