@@ -387,4 +387,6 @@ def sliced_masks(program: Program, selection: Selection) -> dict[str, Tensor]:
     """
     program = program.under(selection)
     masks = checked_masks(program, selection)
+    if not masks:
+        return {}
     return slice_states(program, Selection(kept=selection.kept), masks.__getitem__, masks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -55,13 +55,28 @@ class _Recorder(TorchDispatchMode):
         self._wanted = lines
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        shortcut = _SHORTCUTS.get(func)
+        result = shortcut(*args) if shortcut is not None else func(*args, **(kwargs or {}))
         call = _call(func, args, kwargs or {}, result)
         if call is not None:
             self.calls.append(call)
             if self._wanted:
                 self.lines.append(running_line())
         return result
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, *_: Any) -> Any:
+    """The shapes alone: PyTorch takes this operator apart in Python where there is no data, at ten times the cost."""
+    if any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean)):
+        raise RuntimeError(f"a batch norm is given {x.shape[1]} channels, which is not what it holds")
+    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+
+
+_SHORTCUTS: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten.relu.default: torch.empty_like,
+    torch.ops.aten.relu_.default: lambda x: x,
+}
 
 
 def _call(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[str, tuple[Any, ...]] | None:
