@@ -21,7 +21,7 @@ FIND_CHROMIUM = { test -x "$$PRUNELAB_CHROMIUM" || command -v chromium || comman
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint types unit notebooks browser pictures bench fuzz chromium format clean
+.PHONY: help lab test lint types unit notebooks browser pictures bench bench-structure coverage fuzz chromium format clean
 
 help:
 	@echo "make lab        install, then open the explorer in JupyterLab (options: make lab LAB='--no-browser --port 9000')"
@@ -32,8 +32,10 @@ help:
 	@echo "make notebooks  run every notebook from top to bottom"
 	@echo "make browser    drive the explorer in a headless Chromium"
 	@echo "make bench      timings, printed and checked against their budgets"
+	@echo "make bench-structure  Torch-Pruning and prunelab on the same networks; rewrites the README's table (minutes)"
+	@echo "make coverage   every classification model of torchvision, cut to half; rewrites its table (half an hour)"
 	@echo "make fuzz       the property tests again, with many more examples"
-	@echo "make pictures   take the screenshots of the explorer again, into notebooks/pictures"
+	@echo "make pictures   draw ResNet-20 and take the screenshots of the explorer again, into notebooks/pictures"
 	@echo "make clean      remove .venv and everything built (your notebooks in playground/ stay)"
 
 lab: $(VENV)/.lab
@@ -68,10 +70,18 @@ browser: $(VENV)/.test chromium
 	@$(APART) $(PY) -m pytest tests/browser
 
 pictures: $(VENV)/.test chromium
+	@$(APART) $(PY) -c 'import torch, prunelab as pl; \
+		pl.trace(pl.zoo.resnet20(shortcut="projection"), torch.randn(2, 3, 32, 32)).draw().save("notebooks/pictures/network.svg")'
 	@$(APART) PRUNELAB_PICTURES="$$PWD/notebooks/pictures" $(PY) -m pytest tests/browser/test_explorer.py -k fits
 
 bench: $(VENV)/.test
 	@$(APART) $(PY) -m pytest -s tests/bench
+
+bench-structure: $(VENV)/.bench
+	@$(APART) $(PY) tests/bench/structure.py
+
+coverage: $(VENV)/.test
+	@$(APART) $(PY) tests/bench/coverage.py
 
 fuzz: $(VENV)/.test
 	@$(APART) HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest tests/fuzz
@@ -107,6 +117,10 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing prunelab and its test tools into $(VENV): several GB with PyTorch, a few minutes the first time."
 	@$(PIP_INSTALL) --editable '.[test]'
 	@touch $(VENV)/.lab $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP_INSTALL) --editable '.[test,bench]'
+	@touch $@
 
 clean:
 	@rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 # The same examples on every run, so that a failure in one place is a failure everywhere.
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)
 hypothesis.settings.register_profile(
-    "fuzz", deadline=None, max_examples=2_000, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "fuzz", deadline=None, max_examples=1_000, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("ipywidgets", "anywidget", "matplotlib", "pandas", "accelerate", "tqdm", "IPython")
+HEAVY = ("ipywidgets", "anywidget", "matplotlib", "pandas", "accelerate", "tqdm", "IPython", "pygraphviz")
 
 
 def loaded_after(statement: str) -> set[str]:

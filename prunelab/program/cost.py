@@ -86,7 +86,12 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """FLOPs per image, 2·MACs, as ``torch.utils.flop_counter`` counts them."""
+        """FLOPs per image, 2·MACs, as ``torch.utils.flop_counter`` counts them.
+
+        Attention counts in full, fused or not. That counter sees nothing of the fused kernels that PyTorch runs
+        on a CPU or without gradients; it agrees when they are switched off (``sdpa_kernel(SDPBackend.MATH)``,
+        ``torch.backends.mha.set_fastpath_enabled(False)``).
+        """
         return 2 * self.macs
 
     def to_frame(self) -> pd.DataFrame:

@@ -155,10 +155,8 @@ def _looks(program: Program, found: list[Element], couplings: Mapping[str, int],
             # The name has a badge, a lock or counts beside it.
             title = _letters(_short(element.name), _NAME) + 56 + 18 * len(numbers)
             reasons = [_letters(line, _SMALL) + 20 for line in reason]
-            width, height = (
-                max(width + 2, title, *reasons),
-                38.0 + 13 * len(reason) + 7 * (kept is not None and not reason),
-            )
+            bar = kept is not None and not reason
+            width, height = max(width + 2, title, *reasons), 38.0 + 13 * len(reason) + 7 * bar
         tooltip = _tooltip(program, element, layers, costs, kept)
         looks.append(_Look(numbers, pinned, reason, kept, tooltip, width, height))
     widest = max((look.width for look, e in zip(looks, found, strict=True) if e.kind == "box"), default=0.0)

@@ -36,6 +36,8 @@ class Node:
         shapes: shapes of the parts when the value is a list of tensors.
         module: dotted path of the module whose forward made the value ("" for the network itself).
         source: file and line of the user's code, for messages.
+        overwrites: the value whose memory the user's in-place operator overwrites, or None; ``op`` is its pure twin
+            wherever nobody can tell the difference.
         target: for ``state`` nodes, the name in ``state_dict`` style; aliases share the first name.
     """
 
@@ -51,6 +53,7 @@ class Node:
     module: str
     source: str
     target: str = ""
+    overwrites: int | None = None
 
     @property
     def opname(self) -> str:

@@ -316,8 +316,12 @@ def _found(program: Program, hints: Hints) -> Program:
 
 def _bypass(base: Program, names: tuple[str, ...]) -> Program:
     """A program with some of its units bypassed."""
-    program = bypassed(base, [base.unit(name) for name in names])
-    reason = departure(program) if base.proven else ""
+    units = [base.unit(name) for name in names]
+    try:
+        program = bypassed(base, units)
+        reason = departure(program) if base.proven else ""
+    except PruneLabError as error:
+        reason = str(error)
     if reason:
         listed = ", ".join(repr(name) for name in names)
         raise PruneLabError(f"{listed} cannot be bypassed together: {reason}.")
@@ -383,4 +387,6 @@ def sliced_masks(program: Program, selection: Selection) -> dict[str, Tensor]:
     """
     program = program.under(selection)
     masks = checked_masks(program, selection)
+    if not masks:
+        return {}
     return slice_states(program, Selection(kept=selection.kept), masks.__getitem__, masks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -16,11 +16,12 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
 from prunelab.program.lines import running_line, sentence
 from prunelab.program.run import bind
@@ -54,13 +55,28 @@ class _Recorder(TorchDispatchMode):
         self._wanted = lines
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        shortcut = _SHORTCUTS.get(func)
+        result = shortcut(*args) if shortcut is not None else func(*args, **(kwargs or {}))
         call = _call(func, args, kwargs or {}, result)
         if call is not None:
             self.calls.append(call)
             if self._wanted:
                 self.lines.append(running_line())
         return result
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, *_: Any) -> Any:
+    """The shapes alone: PyTorch takes this operator apart in Python where there is no data, at ten times the cost."""
+    if any(t is not None and t.shape != x.shape[1:2] for t in (weight, bias, mean)):
+        raise RuntimeError(f"a batch norm is given {x.shape[1]} channels, which is not what it holds")
+    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+
+
+_SHORTCUTS: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten.relu.default: torch.empty_like,
+    torch.ops.aten.relu_.default: lambda x: x,
+}
 
 
 def _call(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[str, tuple[Any, ...]] | None:
@@ -126,10 +142,10 @@ class Stand:
             node, (name, wanted) = expected[i]
             called, read = said[j]
             if expected[i][1] != said[j]:
-                does = f"would read {read}, not {wanted}" if called == name else f"calls {called} there"
-                where = self._line(selection, j)
+                where, other = self._line(selection, j), f", not {wanted}" if called == name else ""
                 # What goes wrong first is the cause, also where forward fails only later.
-                return Failure(f"your forward does not follow the cut at {name}{where}: it {does}", node)
+                reason = f"your forward does not follow the cut at {called}{where}: it would read {read}{other}"
+                return Failure(reason, node)
         if error:
             return Failure(error, self._node_at(len(said), expected))
         if self._same_when_dense and len(expected) != len(said):
@@ -192,16 +208,20 @@ class Stand:
     def forward(self, selection: Selection) -> tuple[Calls, str]:
         """What the user's forward calls on a cut, and why it fails, or ""."""
         try:
-            # The program's tensors want no gradients either; torch decomposes a product by whether they do.
-            module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+            module = self._module(selection)
         except Exception as error:
             return [], f"it cannot be cut: {sentence(error)}"
         said, problem = self.record(lambda: module(*self.args))
         return said, f"your forward fails when it is cut: {problem}" if problem else ""
 
+    def _module(self, selection: Selection) -> nn.Module:
+        """A cut copy of the user's module on tensors without data."""
+        # Torch multiplies matrices in another way where a weight wants a gradient; the program's weights never do.
+        return cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+
     def _line(self, selection: Selection, at: int) -> str:
         """Where in the user's code the forward of a cut makes one of its calls."""
-        module = cut(self.program, selection, self.tensors.__getitem__).requires_grad_(False)
+        module = self._module(selection)
         with torch.no_grad(), self.inside(), _Recorder(lines=True) as recorder, suppress(Exception):
             module(*self.args)
         return str(recorder.lines[at])
@@ -277,7 +297,11 @@ def unprovable_bypasses(
 
     def search(stand: Stand) -> set[Unit]:
         def check(group: list[Unit], some: list[int]) -> str:
-            return replace(stand, program=bypassed([group[k] for k in some])).departure(stand)
+            try:
+                program = bypassed([group[k] for k in some])
+            except PruneLabError as error:
+                return str(error)
+            return replace(stand, program=program).departure(stand)
 
         return {group[k] for group in groups for k in _search([*range(len(group))], partial(check, group))}
 

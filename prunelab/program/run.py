@@ -120,11 +120,11 @@ def kept_layers(program: Program, selection: Selection) -> dict[int, tuple[int, 
         layer = program.structure.layers[at]
         if at in found:
             raise PruneLabError(f"The selection names layer {layer.name!r} twice.")
-        if kept == tuple(range(layer.channels)):
+        if len(kept) == layer.channels and kept == tuple(range(layer.channels)):
             continue
         if layer.pinned:
             raise PruneLabError(f"Layer {name!r} cannot be pruned: {layer.pinned}.")
-        if not kept or list(kept) != sorted({c for c in kept if 0 <= c < layer.channels}):
+        if not kept or kept[0] < 0 or kept[-1] >= layer.channels or list(kept) != sorted(set(kept)):
             raise PruneLabError(
                 f"The selection must keep some of the channels 0 to {layer.channels - 1} of layer {name!r}, "
                 "in ascending order."

@@ -36,7 +36,8 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
         if name in sliced:
             memo[id(old)] = _like(old, sliced[name])
     for part in model.modules():
-        for held in tree_leaves(list(vars(part).values())):
+        # Most of what a module keeps is flags and empty tables of hooks.
+        for held in tree_leaves([v for v in vars(part).values() if _may_hold_tensors(v)]):
             if isinstance(held, Tensor) and not held.is_leaf:
                 # A value that forward or a hook has left there; torch copies none that has a gradient's history.
                 memo[id(held)] = held.detach().clone()
@@ -46,6 +47,10 @@ def cut(program: Program, selection: Selection, tensor: Callable[[str], Tensor] 
     module = copy.deepcopy(model, memo)
     _set_attributes(program, selection, module)
     return module
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, dict | list | tuple) and bool(value))
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

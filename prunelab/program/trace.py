@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -154,7 +155,8 @@ def to_nodes(exported: ExportedProgram, model: nn.Module) -> tuple[tuple[Node, .
         target = states.get(node.name, "")
         same, seen_elsewhere = memory.overwritten(node)
         op = (node.target if seen_elsewhere else _pure(node)) if node.op == "call_function" else None
-        nodes.append(_node(node, op, len(nodes), index, first_names.get(target, target)))
+        new = _node(node, op, len(nodes), index, first_names.get(target, target))
+        nodes.append(replace(new, overwrites=index[node.args[0]]) if same else new)
         # Later readers of an overwritten value read the new one.
         index.update(dict.fromkeys([*same, node], len(nodes) - 1))
     return tuple(nodes), output

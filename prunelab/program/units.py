@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prunelab.program.channels import ACTIVATIONS, NORMS, module_of
+from prunelab.program.memory import settled
 from prunelab.program.nodes import Node, Ref
 from prunelab.program.proof import plainly_called, unprovable_bypasses
 from prunelab.program.table import aligned
@@ -324,12 +325,19 @@ def _outermost(units: Iterable[Unit]) -> dict[str, Step]:
 
 
 def bypassed(program: Program, units: Iterable[Unit]) -> Program:
-    """A program with some units bypassed, in nodes alone: what follows from them is still the old program's."""
+    """A program with some units bypassed, in nodes alone: what follows from them is still the old program's.
+
+    Raises:
+        PruneLabError: the user's code overwrites in place what only a bypass leads to it.
+    """
     some = list(units)
     steps = _outermost(some)
+    sources = {step.output: step.source for step in steps.values()}
+    nodes, outputs = settled(_nodes_without(program, steps), program.outputs, sources)
     return replace(
         program,
-        nodes=_nodes_without(program, steps),
+        nodes=nodes,
+        outputs=outputs,
         origin=program.base,
         bypassed=tuple(sorted(unit.name for unit in some)),
         identities=tuple(steps),
@@ -348,13 +356,15 @@ def _nodes_without(program: Program, steps: Mapping[str, Step]) -> tuple[Node, .
         held = module_of(node.target) if node.kind == "state" else node.module
         if node.index in source:
             at = source[node.index]
-            return replace(node, op=torch.ops.aten.alias.default, args={"self": Ref(at)}, inputs=(at,))
+            return replace(node, op=torch.ops.aten.alias.default, args={"self": Ref(at)}, inputs=(at,), overwrites=None)
         if (
             node.kind == "input"
             or not any(path in steps for path in _paths(held))
             or is_size(program.nodes, node.index)
         ):
             return node
-        return replace(node, kind="dropped", op=None, args={}, inputs=(), shape=None, batched=(), shapes=())
+        return replace(
+            node, kind="dropped", op=None, args={}, inputs=(), shape=None, batched=(), shapes=(), overwrites=None
+        )
 
     return tuple(without(node) for node in program.nodes)

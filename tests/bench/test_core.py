@@ -1,4 +1,4 @@
-"""How long tracing and profiling take, against what was promised."""
+"""How long tracing, profiling, committing and projecting take, against what was promised."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision.models as tv
+from support import half_of_everything
 from torch import nn
 
 import prunelab as pl
 from prunelab import zoo
+from prunelab.program.selection import Selection
 
 
 def best(work: Callable[[], object], times: int = 4) -> float:
@@ -54,3 +56,15 @@ def test_a_profile_against_a_plain_forward(name: str, model: nn.Module, shape: t
     profiled = best(lambda: pl.profile(program, images, cache=False, progress=False, sample=0))
     print(f"\n{name}: forward {plain:.2f} s, profile {profiled:.2f} s, {profiled / plain:.2f} times as long")
     assert profiled / plain < most
+
+
+def test_committing_and_projecting_half_of_resnet50() -> None:
+    program = pl.trace(tv.resnet50(), torch.randn(2, 3, 224, 224))
+    selection = half_of_everything(program, mask=False)
+    seconds = best(lambda: pl.commit(program, selection))
+    print(f"\ncommit of ResNet-50 at half its channels: {seconds:.2f} s")
+    assert seconds < 0.4
+    changed = Selection({**selection.kept, "layer1.0.conv1": (0, 1)})
+    seconds = best(lambda: pl.cost(program, changed), times=20)
+    print(f"parameters and FLOPs of ResNet-50 after one change: {1000 * seconds:.2f} ms")
+    assert seconds < 0.001

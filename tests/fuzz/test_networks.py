@@ -1,4 +1,4 @@
-"""Promises 1 and 3 on thousands of random networks: ``make fuzz``."""
+"""Promises 1 and 3 on a thousand random networks: ``make fuzz``."""
 
 from __future__ import annotations
 

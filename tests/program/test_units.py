@@ -10,6 +10,7 @@ import torch
 import torchvision
 from support import Network, flops, half_of_everything, parameters, relative
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prunelab as pl
@@ -303,6 +304,52 @@ def test_what_is_not_proven_is_not_listed(make: type[nn.Module], expected: list[
     assert [unit.modules for unit in program.units] == expected
     for unit in program.units:
         holds(program, net.images(), pl.Selection(bypassed=(unit.name,)))
+
+
+class InPlace(Around):
+    """After the convolution that is bypassed, its output is overwritten, and its input is read again."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return functional.relu(self.a(x), inplace=True) + x * self.b(x).sigmoid()
+
+
+class InPlacePart(Around):
+    """Part of the convolution's output is overwritten, and part of its input is read again."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        part = x[:, :2]
+        y = functional.relu(self.a(x), inplace=True)
+        return y + torch.cat([part, part], 1)
+
+
+class InPlaceImage(nn.Module):
+    """Without its first convolution the network would overwrite the user's images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(functional.relu(self.a(x), inplace=True))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(InPlace, ["a", "b"]), (InPlacePart, []), (InPlaceImage, ["b", "head"])],
+    ids=lambda v: str(v)[-15:],
+)
+def test_what_an_identity_lets_in_place_operators_overwrite(make: type[nn.Module], expected: list[str]) -> None:
+    net = Network(make, (3, 6, 6))
+    program, images = pl.trace(net.build(), net.images()), net.images()
+    assert [unit.name for unit in program.units] == expected
+    for unit in program.units:
+        small = holds(program, images, pl.Selection(bypassed=(unit.name,)))
+        with torch.no_grad():
+            assert torch.equal(small(images), by_hand(program.model, unit.modules)(images))
+    assert torch.equal(images, net.images())
 
 
 def test_a_forward_that_takes_another_path_is_not_followed() -> None:

@@ -76,6 +76,7 @@ MIXING = {
     *("group_norm", "channel_mean", "softmax", "layer_norm", "rms_norm", "attention", "weight_norm", "normalised"),
 }
 PLAIN = (
+    "relu_in_place",
     "relu",
     "relu",
     "silu",
@@ -279,7 +280,7 @@ def _agree(ours: tuple[Any, ...], model: nn.Module, images: tuple[Tensor, ...]) 
 
 def _check_profile(program: Program, images: tuple[Tensor, ...]) -> None:
     """Every layer has a site where all its channels are seen, and so a score."""
-    profile = pl.profile(program, images, cache=False, progress=False)
+    profile = pl.profile(program, iter([images]), cache=False, progress=False)
     plan = pl.Plan("apoz")
     for layer in program.layers:
         if not layer.pinned:

@@ -229,6 +229,7 @@ FUNCTIONS: dict[str, Any] = {
     "normalised": _normalised,
     "fourier": _fourier,
     "relu": lambda x, _: x.relu(),
+    "relu_in_place": lambda x, _: functional.relu(x, inplace=True),
     "silu": lambda x, _: functional.silu(x),
     "sigmoid": lambda x, _: x.sigmoid(),
     "max_pool": lambda x, _: functional.max_pool2d(x, 2),

@@ -34,6 +34,11 @@ def standardised(m: Any, x: Tensor) -> Tensor:
     return out
 
 
+def last(layer: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return out
+
+
 def own_attention(m: Any, x: Tensor) -> Tensor:
     q, k, v = m.q(x), m.k(x), m.v(x)
     weights = (q @ k.transpose(1, 2) / 2.0).softmax(-1)
@@ -152,8 +157,8 @@ CASES: dict[str, Case] = {
     "BatchNorm1d of points": Case(
         lambda m, x: m.head(m.p0(m.a(x))), lambda: points(nn.BatchNorm1d(8)), {"a": 8}, image=(4,)
     ),
-    "BatchNorm2d": Case(*norm_between(lambda: nn.BatchNorm2d(8)), BOTH, mixes=True),
-    "BatchNorm2d, not affine": Case(*norm_between(lambda: nn.BatchNorm2d(8, affine=False)), BOTH, mixes=True),
+    "BatchNorm2d": Case(*norm_between(lambda: nn.BatchNorm2d(8)), BOTH),
+    "BatchNorm2d, not affine": Case(*norm_between(lambda: nn.BatchNorm2d(8, affine=False)), BOTH),
     "BatchNorm2d, not tracking": Case(*norm_between(lambda: nn.BatchNorm2d(8, track_running_stats=False)), BOTH),
     "BatchNorm2d, bare": Case(*norm_between(lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False)), BOTH),
     "LayerNorm over channels, height and width": Case(*norm_between(lambda: nn.LayerNorm([8, 6, 6])), BOTH, mixes=True),
@@ -176,7 +181,7 @@ CASES: dict[str, Case] = {
     "InstanceNorm": Case(*norm_between(lambda: nn.InstanceNorm2d(8)), BOTH),
     "InstanceNorm, affine": Case(*norm_between(lambda: nn.InstanceNorm2d(8, affine=True)), BOTH),
     "InstanceNorm, tracking": Case(
-        *norm_between(lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)), BOTH, mixes=True
+        *norm_between(lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)), BOTH
     ),
     "RMSNorm": Case(
         *between(lambda m, y: m.norm(y.movedim(1, -1)).movedim(-1, 1), norm=lambda: nn.RMSNorm(8)), BOTH, mixes=True
@@ -194,6 +199,11 @@ CASES: dict[str, Case] = {
     ),
     "weight standardisation": Case(
         standardised, lambda: {"a": conv(3, 8), "b": conv(8, 6), "head": nn.Linear(6, 3)}, BOTH, mixes=True
+    ),
+    "linear layers over channels last, between convolutions": Case(
+        lambda m, x: m.head(last(m.d, m.c(m.c(last(m.b, m.a(x))).relu())).sigmoid().mean((2, 3))),
+        lambda: {"a": conv(3, 6), "b": nn.Linear(6, 8), "c": conv(8, 8), "d": nn.Linear(8, 6), "head": nn.Linear(6, 3)},
+        {"a": 6, "stream": 8, "d": 6},
     ),
     # Gates ----------------------------------------------
     "squeeze and excitation, linear": Case(

@@ -121,7 +121,6 @@ CASES: dict[str, Case] = {
         lambda m, x: m.head((m.norm(m.a(x)) * m.norm(m.b(x))).mean((2, 3))),
         lambda: {"a": conv(3, 8), "b": conv(3, 8), "norm": nn.BatchNorm2d(8), "head": nn.Linear(8, 3)},
         {"stream": 8},
-        mixes=True,
     ),
     "a module under several names": Case(*between(lambda m, y: m.c(y), c=Shared), {"stream": 8, "b": 6}),
     "sequential, list and dict in each other": Case(
