@@ -11,6 +11,7 @@ from prunelab.program.proof import refusal
 from prunelab.program.record import remember
 from prunelab.program.selection import Selection
 from prunelab.program.surgery import cut
+from prunelab.program.trace import state_tensors
 from prunelab.repair import repair as repaired_by
 
 
@@ -22,7 +23,7 @@ def commit(program: Program, selection: Selection, *, repair: str = "none", imag
     the original. The module remembers what it kept, so that :func:`prunelab.load` can build it again.
 
     Args:
-        repair: a correction of the surviving weights, one of :data:`prunelab.repair.REPAIRS`.
+        repair: a correction of the surviving weights, one of :data:`prunelab.plan.REPAIRS`.
         images: a sample of the training set for the repair, shape ``(images, …)``; a few hundred do.
 
     Raises:
@@ -34,8 +35,9 @@ def commit(program: Program, selection: Selection, *, repair: str = "none", imag
     reason = refusal(program, selection)
     if reason:
         raise PruneLabError(f"This selection cannot be committed: {reason}.")
+    held = state_tensors(small)
     with torch.no_grad():
         for name, tensor in corrected.items():
-            small.get_parameter(name).copy_(tensor)
+            held[name].copy_(tensor)
     remember(small, program, selection)
     return small
