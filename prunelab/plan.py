@@ -28,7 +28,7 @@ REPAIRS: Mapping[str, str] = MappingProxyType(
         "none": "the surviving weights stay as they are",
         "bias": "what the outputs have lost on average goes into the next bias, or into the next norm's running mean",
         "norm": "batch norms take their statistics anew from the cut network",
-        "least-squares": "the next layers' weights are chosen anew, so that their outputs come nearest to what they were",
+        "least-squares": "the next layers' weights are chosen anew: their outputs come nearest to what they were",
         "least-squares+norm": "least squares, and new statistics for the norms that it has not fitted",
     }
 )

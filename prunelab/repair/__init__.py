@@ -16,7 +16,8 @@ network, one row per position of its output, *W* and *b* its weights and bias, a
     the sample does not show stay as they were. *λ* is chosen on held-out rows, by
     :func:`prunelab.repair.equations.fitted`. Where the layer's output, or that of the norm after it, is added to a
     shortcut, *Y* is what makes the sum right: the uncut sum less the cut network's shortcut, so that errors do not add
-    up along a residual stream. As in He, Zhang and Sun 2017, Channel pruning for accelerating very deep neural
+    up along a residual stream. Solved are the layers that have lost inputs, those whose output is added to a shortcut
+    that has changed, and the last. As in He, Zhang and Sun 2017, Channel pruning for accelerating very deep neural
     networks, arXiv 1707.06168, sections 3.1 and 3.2.
 ``least-squares+norm``
     ``least-squares``, and ``norm`` for the norms that no solved layer feeds directly; the others are part of its fit.

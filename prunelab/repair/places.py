@@ -101,6 +101,34 @@ class Cut:
                 found.add(node.index)
         return frozenset(found)
 
+    @cached_property
+    def lost(self) -> frozenset[int]:
+        """Nodes that read what the cut takes away, themselves or through nodes that are no layers."""
+        found: set[int] = set()
+        for node in self.program.nodes:
+            near = (i for i in node.inputs if self.program.nodes[i].opname not in PRODUCERS)
+            if node.kind == "op" and (self._loses(node) or any(i in found for i in near)):
+                found.add(node.index)
+        return frozenset(found)
+
+    @cached_property
+    def _followed(self) -> frozenset[int]:
+        """Nodes with layers after them."""
+        found: set[int] = set()
+        for node in reversed(self.program.nodes):
+            if node.opname in PRODUCERS or node.index in found:
+                found.update(node.inputs)
+        return frozenset(found)
+
+    def asks_for(self, place: Place) -> bool:
+        """Whether least squares has something to make up for at a layer.
+
+        It does where the layer has lost inputs, where what it gives is added to a shortcut that has changed, and in the
+        last layer, after which nothing else can. Between these, values have hardly changed.
+        """
+        makes_up = place.shortcut is not None and place.shortcut in self.changed
+        return place.node in self.lost or makes_up or place.node not in self._followed
+
     def _loses(self, node: Node) -> bool:
         """Whether a node reads channels that are gone, a bypassed unit's input, or single weights put to zero."""
         if node.inputs != self.program.base.nodes[node.index].inputs:

@@ -96,6 +96,8 @@ class Walk:
         self.images, self.samples = images, samples
         self.found: dict[str, Tensor] = {}
         self.places, self.left = places(cut) if how != "norm" else ([], [])
+        if how.startswith("least-squares"):
+            self.places = [place for place in self.places if cut.asks_for(place)]
         if how == "bias":
             self.left += [(self._name(place.node), _NO_SHIFT) for place in self.places if not place.shifts]
             self.places = [place for place in self.places if place.shifts]
@@ -149,30 +151,22 @@ class Walk:
 
     def _correct(self, place: Place, target: Tensor, now: Values) -> None:
         """Weights and bias of one layer: changed in ``now`` too, so that the layers after it see it."""
-        weight = now.held[place.weight]
         rows = self.rows(place)
-        known = self._known(place, now, weight, rows)
-        groups = known.shape[1]
-        old = as_columns(weight, groups)
-        error = self._wanted(place, target, now, rows).unflatten(1, (groups, -1)) - torch.einsum(
-            "rgi,gio->rgo", known, old
-        )
-        own = now.held[place.bias] if place.bias is not None else self._other_bias(place, now)
-        error = error - own.unflatten(0, (groups, -1)) if own is not None else error
-        shift = None
+        error = self._wanted(place, target, now, rows) - self._given(place, now, rows)
         if self.how == "bias":
-            shift = error.double().mean(0).flatten()
-        else:
-            mask = self._mask(place, groups)
-            if place.shifts:
-                known = torch.cat([known, torch.ones_like(known[:, :, :1])], 2)
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1) if mask is not None else None
-            change = fitted(known, error, mask)
-            if place.shifts:
-                change, shift = change[:, :-1], change[:, -1].flatten()
-            self._put(place.weight, (weight + as_weight(change, weight.shape)).to(weight.dtype), now)
-        if shift is not None:
-            self._shift(place, shift, now)
+            self._shift(place, error.mean(0, dtype=torch.float64), now)
+            return
+        weight, known = now.held[place.weight], self._known(place, now, rows)
+        groups = known.shape[1]
+        mask = self._mask(place, groups)
+        if place.shifts:
+            known = torch.cat([known, torch.ones_like(known[:, :, :1])], 2)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1) if mask is not None else None
+        change = fitted(known, error.unflatten(1, (groups, -1)), mask)
+        if place.shifts:
+            self._shift(place, change[:, -1].flatten(), now)
+            change = change[:, :-1]
+        self._put(place.weight, weight + as_weight(change, weight.shape), now)
 
     def _shift(self, place: Place, shift: Tensor, now: Values) -> None:
         """Add a number to each output: to the bias, or, the other way round, to the mean that the norm takes off."""
@@ -180,25 +174,26 @@ class Walk:
         if at is None:
             assert place.norm is not None
             at, sign = self.program.nodes[place.norm].args["running_mean"].index, -1
-        self._put(at, (now.held[at] + sign * shift).to(now.held[at].dtype), now)
+        self._put(at, now.held[at] + sign * shift, now)
 
     def _put(self, at: int, tensor: Tensor, now: Values) -> None:
-        now.held[at] = tensor
-        self.found[self.program.nodes[at].target] = tensor
+        now.held[at] = tensor.to(now.held[at].dtype)
+        self.found[self.program.nodes[at].target] = now.held[at]
 
-    def _known(self, place: Place, now: Values, weight: Tensor, rows: Tensor) -> Tensor:
+    def _given(self, place: Place, now: Values, rows: Tensor) -> Tensor:
+        """What the layer gives without being corrected, shape ``(rows, outputs)``."""
+        value = now.bound.value(self.program.nodes[place.node], now.held, iter(()))
+        return outputs_at(value, self.channel(place), rows)
+
+    def _known(self, place: Place, now: Values, rows: Tensor) -> Tensor:
+        """What the layer reads, shape ``(rows, groups, inputs)``."""
         node = self.program.nodes[place.node]
         args = now.bound.args.get(place.node, node.args)
         x = now.held[node.args["input"].index]
         if node.opname == "linear":
             return linear_inputs(x, rows)
         assert node.shape is not None
-        return convolution_inputs(x, tuple(weight.shape[2:]), args, node.shape[2:], rows)
-
-    def _other_bias(self, place: Place, now: Values) -> Tensor | None:
-        """A bias that must stay as it is."""
-        state = self.cut.state_of(self.program.nodes[place.node].args.get("bias"))
-        return now.held[state.index] if state is not None else None
+        return convolution_inputs(x, tuple(now.held[place.weight].shape[2:]), args, node.shape[2:], rows)
 
     def _mask(self, place: Place, groups: int) -> Tensor | None:
         """Where single weights may be other than zero, shape ``(groups, inputs, outputs)``."""
@@ -242,7 +237,7 @@ class Walk:
         var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1])
         for name, tensor in (("running_mean", mean), ("running_var", var)):
             at = norm.args[name].index
-            self._put(at, tensor.to(now.held[at].dtype), now)
+            self._put(at, tensor, now)
 
 
 class Uncut:
