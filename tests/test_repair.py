@@ -255,6 +255,65 @@ def test_a_layer_makes_up_for_the_error_of_the_shortcut_that_it_is_added_to() ->
     torch.testing.assert_close(before["cut"], before["whole"], rtol=1e-4, atol=1e-5)
 
 
+class Separable(nn.Module):
+    """A depthwise convolution between two pointwise ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 1, bias=False)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.second = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.depthwise(self.first(x)))
+
+
+def test_the_layer_after_a_depthwise_convolution_makes_up_for_its_cut() -> None:
+    images = noise(100, 2, 8, 8)
+    program = traced(Separable(), images)
+    with torch.no_grad():
+        program.model.first.weight[5] = program.model.first.weight[1]
+        program.model.depthwise.weight[5] = program.model.depthwise.weight[1]
+    sel = pl.Selection(kept={"first": (0, 1, 2, 3, 4)})
+    whole, mended = outputs(program, sel, "least-squares", images)
+    torch.testing.assert_close(mended, whole, rtol=1e-4, atol=1e-5)
+    assert set(repair(program, sel, "least-squares", images)) == {"second.weight", "second.bias"}
+
+
+class Overwriting(nn.Module):
+    """Part of a value is written in place, and the whole of it is read afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 5, 3)
+        self.second = nn.Conv2d(5, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x[:, :, :2].add_(3.0)
+        return self.second(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_what_forward_overwrites_is_overwritten_in_a_repair_too(how: str, images: Tensor) -> None:
+    program = traced(Overwriting(), images)
+    with torch.no_grad():
+        program.model.first.weight[3] = program.model.first.weight[1]
+        program.model.first.bias[3] = program.model.first.bias[1]
+    sel = pl.Selection(kept={"first": (0, 1, 2, 4)})
+    same_in_preview_and_commit(program, sel, how, images)
+    if how.startswith("least-squares"):
+        whole, mended = outputs(program, sel, how, images)
+        torch.testing.assert_close(mended, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_all_that_read_a_cut_stream_are_solved(images: Tensor) -> None:
+    program = traced(NormedBlocks(), images)
+    stream = program.layer("stem").name
+    found = repair(program, pl.Selection(kept={stream: (0, 1, 3, 5)}), "least-squares", images)
+    assert {f"inner.{k}.weight" for k in range(3)} | {"read.weight"} <= set(found)
+
+
 @pytest.mark.parametrize("how", ["norm", "least-squares+norm"])
 def test_norms_hold_the_statistics_of_what_they_are_given(how: str, images: Tensor) -> None:
     program = traced(NormedBlocks(), images)

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunelab.program.channels import PRODUCERS, module_of
 from prunelab.program.context import Value
 from prunelab.program.ids import FIXED
-from prunelab.program.nodes import Node, Ref, map_refs
+from prunelab.program.nodes import INPLACE, Node, Ref, map_refs
 from prunelab.program.program import Program, sliced_masks
 from prunelab.program.run import removed_labels
 from prunelab.program.selection import Selection
@@ -261,7 +261,9 @@ def _with_shortcuts(cut: Cut, found: Iterable[Place]) -> list[Place]:
     One layer of every addition does, the last that can: those before it are not done when the other is wanted.
     """
     waits: dict[int, int] = {}
-    complete = []
+    complete: list[Place] = []
+    if _overwrites(cut.program):
+        return list(found)
     for place in reversed(list(found)):
         reader, value = sole_reader(cut, place.node if place.norm is None else place.norm)
         if reader is not None and _adds_alike(cut.program, reader):
@@ -291,12 +293,20 @@ def _upstream(program: Program, values: Collection[int], waits: Mapping[int, int
     return found
 
 
+def _overwrites(program: Program) -> bool:
+    """Whether a node overwrites the memory of another: then all of them must run, in the order of the user's code."""
+    packets = (getattr(node.op, "overloadpacket", None) for node in program.nodes)
+    return any(packet is not None and INPLACE.match(packet.__name__) for packet in packets)
+
+
 def schedule(program: Program, found: Iterable[Place], wanted: Collection[int]) -> list[int]:
     """Nodes in an order in which each has its inputs, and a layer its shortcut too; those alone that are needed.
 
     Args:
         wanted: indices of the nodes whose values are asked for.
     """
+    if _overwrites(program):
+        return list(range(max(wanted, default=-1) + 1))
     waits = {place.node: place.shortcut for place in found if place.shortcut is not None}
     needed = _upstream(program, wanted, waits)
     done: dict[int, None] = {}
