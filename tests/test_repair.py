@@ -422,12 +422,22 @@ def test_what_cannot_be_repaired_is_left_alone_and_named() -> None:
     assert not repair(program, sel, "bias", images)
 
 
+def test_norms_are_missed_where_there_are_none() -> None:
+    images = noise(40, 6)
+    program = traced(Two(nn.Linear(6, 5), nn.Linear(5, 3)), images)
+    found = repair(program, pl.Selection(kept={"first": (0, 1)}), "norm", images)
+    assert not found
+    assert found.left == (("the network", "no batch norm reads what the cut changes"),)
+
+
 def test_bad_input(program: pl.Program, images: Tensor) -> None:
     sel = pl.Selection(kept={"fc1": (0,)})
     with pytest.raises(pl.PruneLabError, match="least-squares"):
         repair(program, sel, "least-square", images)
     with pytest.raises(pl.PruneLabError, match="needs images"):
         pl.commit(program, sel, repair="least-squares")
+    with pytest.raises(pl.PruneLabError, match="shape"):
+        repair(program, sel, "least-squares", noise(20, 1, 8, 9))
     assert repair(program, sel, "none", None) == {}
     assert repair(program, pl.DENSE, "norm", images) == {}
 

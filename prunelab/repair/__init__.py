@@ -34,6 +34,7 @@ from torch import Tensor
 
 from prunelab.errors import PruneLabError, unknown
 from prunelab.plan import REPAIRS
+from prunelab.profile.batches import check_images, inputs_of
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
@@ -78,7 +79,7 @@ class Repairer:
         budget: bytes of the uncut network's values to keep.
         """
         self.program = program
-        self.images = images[: _affordable(program)] if images is not None else None
+        self.images = images[: _affordable(program, images.element_size())] if images is not None else None
         self._samples = Samples(budget)
         self._last: tuple[tuple[Selection, str], Repaired] | None = None
 
@@ -89,7 +90,7 @@ class Repairer:
             how: one of :data:`prunelab.plan.REPAIRS`.
 
         Raises:
-            PruneLabError: there is no such repair, or it needs images.
+            PruneLabError: there is no such repair, or it needs images, or they do not fit the network.
         """
         if how not in REPAIRS:
             raise unknown("repair", how, REPAIRS)
@@ -100,6 +101,7 @@ class Repairer:
         key = (selection, how)
         if self._last is None or self._last[0] != key:
             program = self.program.under(selection)
+            check_images(program, inputs_of(program, self.images))
             images = self.images.to(next(iter(program.model.parameters())).device)
             walk = Walk(Cut(program, selection), how, images, self._samples)
             walk.run()
@@ -112,9 +114,9 @@ def repair(program: Program, selection: Selection, how: str, images: Tensor | No
     return Repairer(program, images, budget=0)(selection, how)
 
 
-def _affordable(program: Program) -> int:
+def _affordable(program: Program, value_bytes: int) -> int:
     """Images whose values fit in memory, and that the user's code takes at once."""
     if program.batch is not None:
         return program.batch
     largest = max(prod(node.shape) for node in program.base.nodes if node.kind == "op" and node.shape is not None)
-    return max(1, _WALK_BYTES // (_HELD_AT_ONCE * 8 * largest))
+    return max(1, _WALK_BYTES // (_HELD_AT_ONCE * value_bytes * largest))

@@ -27,6 +27,8 @@ from prunelab.repair.places import Cut, Place, adjustable, places, schedule
 LEAST_ROWS = 20_000
 """Positions of every layer that are looked at, over all images: with more the answer hardly changes."""
 ROWS_PER_UNKNOWN = 40
+MOST_VALUES = 1 << 27
+"""Inputs of a layer that are held at once, over all rows: half a gigabyte in float32."""
 
 # A norm's scale below this part of its largest cannot carry a correction: it would need huge weights.
 _LEAST_SCALE = 1e-3
@@ -111,6 +113,8 @@ class Walk:
             for node in self.program.nodes
             if node.opname == "batch_norm" and node.inputs[0] in self.cut.changed and node.index not in fitted_
         ]
+        if self.how == "norm" and not changed:
+            self.left.append(("the network", "no batch norm reads what the cut changes"))
         reasons = {node.index: adjustable(self.cut, node) for node in changed}
         self.left += [(self._name(i), reason) for i, reason in reasons.items() if reason]
         return {i for i, reason in reasons.items() if not reason}
@@ -143,7 +147,9 @@ class Walk:
         shape = self.program.state(self.program.nodes[place.weight].target).shape
         assert node.shape is not None
         count = prod(node.shape) // shape[0] * (len(self.images) if any(node.batched) else 1)
-        return sampled(count, max(LEAST_ROWS, ROWS_PER_UNKNOWN * prod(shape[1:])), place.node)
+        unknowns = prod(shape[1:])
+        most = MOST_VALUES // (unknowns * int(node.args.get("groups", 1)))
+        return sampled(count, min(max(LEAST_ROWS, ROWS_PER_UNKNOWN * unknowns), most), place.node)
 
     def channel(self, place: Place) -> int:
         """The dimension that the outputs lie along."""
