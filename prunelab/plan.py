@@ -23,8 +23,16 @@ from prunelab.program.channels import Layer
 from prunelab.program.program import Program
 from prunelab.program.selection import Selection
 
-REPAIRS = ("none", "least-squares")
-"""How surviving weights can be corrected; see :mod:`prunelab.repair`."""
+REPAIRS: Mapping[str, str] = MappingProxyType(
+    {
+        "none": "the surviving weights stay as they are",
+        "bias": "what the outputs have lost on average goes into the next bias, or into the next norm's running mean",
+        "norm": "batch norms take their statistics anew from the cut network",
+        "least-squares": "the next layers' weights are chosen anew: their outputs come nearest to what they were",
+        "least-squares+norm": "least squares, and new statistics for the norms that it has not fitted",
+    }
+)
+"""How surviving weights can be corrected, by name, each in words; formulas and sources: :mod:`prunelab.repair`."""
 
 GRAINS = ("channel", "weight")
 """What a setting can remove of a layer. Whole layers and blocks are units: :meth:`Plan.bypass` removes them."""

@@ -41,7 +41,7 @@ plans = st.builds(
     settings=st.dictionaries(names, settings_, max_size=5),
     seed=st.integers(0, 2**40),
     network=names,
-    repair=st.sampled_from(REPAIRS),
+    repair=st.sampled_from(tuple(REPAIRS)),
     bypassed=st.lists(names, max_size=3),
 )
 

@@ -89,8 +89,9 @@ class Explorer(w.VBox):
     def _build(self) -> None:
         self._criterion = w.Dropdown(options=criteria_names(), value=self.lab.plan.criterion, description="criterion",
                                      layout=w.Layout(width="230px"))  # fmt: skip
-        self._repair = w.Dropdown(options=REPAIRS, value=self.lab.plan.repair, description="repair",
+        self._repair = w.Dropdown(options=tuple(REPAIRS), value=self.lab.plan.repair, description="repair",
                                   layout=w.Layout(width="220px"))  # fmt: skip
+        self._repaired = w.HTML(layout=w.Layout(display="none", margin="0 0 0 90px"))
         self._grain = w.Dropdown(options=GRAINS, value="channel", description="all grains",
                                  layout=w.Layout(width="190px"))  # fmt: skip
         self._ratio = w.FloatSlider(0.0, min=0.0, max=0.95, step=0.05, description="all ratios",
@@ -112,6 +113,7 @@ class Explorer(w.VBox):
         controls = w.VBox([
             self._line(self._criterion, self._grain, self._ratio),
             self._line(self._repair, self._measure, self._commit),
+            self._repaired,
             self._line(self._epochs, self._lr, self._distil, self._finetune, self._stopper),
             self._line(
                 self._path,
@@ -183,6 +185,13 @@ class Explorer(w.VBox):
         self.desk.estimate = {**self.desk.estimate, "state": "stale" if "n" in self.desk.estimate else "none"}
         self._worker.latest(self._estimate)
 
+    def _show_repair(self) -> None:
+        """What the repair did, in one line; pointing at it lists what it could not correct, and why."""
+        repaired = self.lab.repaired
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in repaired.left)
+        self._repaired.value = f'<span title="{html.escape(reasons)}">{html.escape(str(repaired))}</span>'
+        self._repaired.layout.display = "none" if self.lab.plan.repair == "none" else None
+
     def _estimate(self, wanted: Callable[[], bool]) -> None:
         """Quick accuracy, shown as it grows, then the pictures; given up as soon as a newer request is there."""
 
@@ -195,6 +204,7 @@ class Explorer(w.VBox):
         found = self.lab.estimate(on_update=update)
         if wanted():
             self.desk.estimate = {**estimate_of(found, "ready"), "edits": answered}
+            self._show_repair()
         if wanted():
             self._draw_details()
         if wanted():

@@ -29,7 +29,7 @@ from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress
-from prunelab.repair import repair
+from prunelab.repair import Repaired, Repairer
 from prunelab.saving import export
 from prunelab.train.finetune import Epoch, finetune
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-REPAIR_IMAGES = 2000
+REPAIR_IMAGES = 1000
 """How many training images a repair looks at."""
 
 
@@ -96,6 +96,8 @@ class Lab:
         self._points: list[Point] = []
         # By program, and weakly: a network that undo can no longer reach takes its scores along.
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
+        self._repairer: Repairer | None = None
+        self._repaired = Repaired()
 
     # What is there now ---------------------------------------------
 
@@ -150,6 +152,11 @@ class Lab:
     def selection(self) -> Selection:
         """What the plan removes from the current network."""
         return self._resolve(self.plan)
+
+    @property
+    def repaired(self) -> Repaired:
+        """What the repair of the plan last measured or committed has corrected, and in ``left`` what it has not."""
+        return self._repaired
 
     def cost(self) -> Cost:
         """Parameters and FLOPs with the plan applied, in closed form."""
@@ -211,7 +218,14 @@ class Lab:
         self.use(self.plan.restore(unit))
 
     def repair(self, how: str) -> None:
-        """Correct the surviving weights: ``none`` or ``least-squares``; in the preview and in the commit alike."""
+        """Correct the surviving weights, in the preview and in the commit alike.
+
+        Args:
+            how: one of :data:`prunelab.plan.REPAIRS`.
+
+        Raises:
+            PruneLabError: there is no such repair; the plan stays as it was.
+        """
         self.use(replace(self.plan, repair=how))
 
     def criterion(self, name: str) -> None:
@@ -324,7 +338,7 @@ class Lab:
     ) -> Estimate:
         now = self._now
         selection = self.selection
-        repaired = repair(self.program, self._masked(selection), self.plan.repair, self._sample())
+        repaired = self._repair_of(self._masked(selection))
         found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update, precision=precision)
         # A hand may have moved on meanwhile: then this accuracy is not that of the plan that is here now. And an
         # estimate that was given up half-way is not worth a point.
@@ -332,9 +346,15 @@ class Lab:
             self._add_measured(found)
         return found
 
-    def _sample(self) -> Tensor | None:
-        """Training images for a repair."""
-        return None if self.plan.repair == "none" else labelled(_in_order(self.train), REPAIR_IMAGES)[0]
+    def _repair_of(self, selection: Selection) -> Repaired:
+        """The plan's repair for a selection, from training images; what it knows of the network is kept meanwhile."""
+        if self.plan.repair == "none":
+            self._repaired = Repaired()
+            return self._repaired
+        if self._repairer is None or self._repairer.program is not self.stage.program:
+            self._repairer = Repairer(self.stage.program, labelled(_in_order(self.train), REPAIR_IMAGES)[0])
+        self._repaired = self._repairer(selection, self.plan.repair)
+        return self._repaired
 
     def _add_measured(self, found: Estimate) -> None:
         if removes_anything(self.stage.program, self.selection):
@@ -371,7 +391,7 @@ class Lab:
         if not removes_anything(self.stage.program, selection):
             raise PruneLabError("There is nothing to commit: the plan removes no block, layer, channel or weight.")
         masked = self._masked(selection)
-        small = commit(self.program, masked, repair=self.plan.repair, images=self._sample())
+        small = commit(self.program, masked, repair=self._repair_of(masked))
         masks = sliced_masks(self.program, masked)
         self._enter(small, masks, "commit")
         return small

@@ -28,3 +28,19 @@ def test_an_edit_during_long_work_is_refused_and_leaves_the_controls_off() -> No
     assert explorer._worker.drain(60)
     assert explorer.desk.status["text"] == "done"
     assert not explorer._commit.disabled
+
+
+def test_the_repair_says_what_it_did() -> None:
+    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
+    lab.run_profile(progress=False)
+    explorer = pl.explore(lab)
+    assert explorer._worker.drain(60)
+    assert explorer._repaired.layout.display == "none"
+    lab.set("fc1", ratio=0.5)
+    explorer._repair.value = "least-squares"
+    assert explorer._worker.drain(60)
+    assert "2 tensors corrected from 200 images" in explorer._repaired.value
+    assert explorer._repaired.layout.display is None
+    explorer._repair.value = "none"
+    assert explorer._worker.drain(60)
+    assert explorer._repaired.layout.display == "none"

@@ -84,11 +84,13 @@ def test_finetune_trains_a_copy_and_masks_hold(lab: pl.Lab) -> None:
 
 
 def test_repair_shows_in_preview_and_commit_alike(lab: pl.Lab) -> None:
-    lab.set("fc1", ratio=0.6)
+    lab.set("fc1", ratio=0.95)
     plain = lab.measure()
     lab.repair("least-squares")
     shown = lab.measure()
     assert shown.accuracy > plain.accuracy
+    assert set(lab.repaired) == {"fc2.weight", "fc2.bias"}
+    assert lab.repaired.left == ()
     lab.commit()
     assert lab.measure().accuracy == shown.accuracy
 

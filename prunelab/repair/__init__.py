@@ -1,0 +1,122 @@
+"""Repair: the surviving weights corrected in closed form from a sample of images, without training.
+
+Removing channels takes inputs away from the layers that read them. All repairs go from input to output, so that each
+layer is corrected for what the layers before it have become. With *X* the inputs that a layer has left in the cut
+network, one row per position of its output, *W* and *b* its weights and bias, and *Y* what it gave in the uncut one:
+
+``bias``
+    *b* + mean(*Y* − *XW* − *b*), the mean over all rows: where a layer has no bias, the running mean of the batch norm
+    after it is lowered by as much. The removed channels' mean contribution, as in Nagel et al. 2019, Data-free
+    quantization through weight equalization and bias correction, arXiv 1906.04721, appendix B.
+``norm``
+    Running mean and variance of every batch norm whose input has changed are those of its input in the cut network on
+    the sample (the variance unbiased, as in training). As in Li et al. 2020, EagleEye, arXiv 2007.02491, section 3.4.
+``least-squares``
+    argmin over *W*, *b* of ‖*XW* + *b* − *Y*‖² + *λ*‖*W* − *W*₀‖², where *W*₀ are the weights before: directions that
+    the sample does not show stay as they were. *λ* is chosen on held-out rows, by
+    :func:`prunelab.repair.equations.fitted`. Where the layer's output, or that of the norm after it, is added to a
+    shortcut, *Y* is what makes the sum right: the uncut sum less the cut network's shortcut, so that errors do not add
+    up along a residual stream. Solved are the layers that have lost inputs, those whose output is added to a shortcut
+    that has changed, and the last. As in He, Zhang and Sun 2017, Channel pruning for accelerating very deep neural
+    networks, arXiv 1707.06168, sections 3.1 and 3.2.
+``least-squares+norm``
+    ``least-squares``, and ``norm`` for the norms that no solved layer feeds directly; the others are part of its fit.
+
+Weights under a mask stay zero. What cannot be repaired is named with the reason in :attr:`Repaired.left`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from torch import Tensor
+
+from prunelab.errors import PruneLabError, unknown
+from prunelab.plan import REPAIRS
+from prunelab.profile.batches import check_images, inputs_of
+from prunelab.program.program import Program
+from prunelab.program.run import removes_anything
+from prunelab.program.selection import Selection
+from prunelab.repair.places import Cut
+from prunelab.repair.walk import Samples, Walk
+
+BUDGET = 1 << 30
+"""Bytes of the uncut network's values that are kept for the next selection."""
+
+_WALK_BYTES = 4 << 30
+_HELD_AT_ONCE = 4
+
+
+class Repaired(dict[str, Tensor]):
+    """Corrected tensors of the cut network, by state name, in its own (cut) shapes; those not named stay.
+
+    Attributes:
+        left: layers that the cut changes but the repair could not correct, by module path, each with the reason.
+        images: how many images were looked at.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor] | None = None, left: tuple[tuple[str, str], ...] = (), images: int = 0
+    ) -> None:
+        super().__init__(tensors or {})
+        self.left = left
+        self.images = images
+
+    def __str__(self) -> str:
+        """What was done, in one line."""
+        left = f", {len(self.left)} layers left as they are" if self.left else ""
+        return f"{len(self)} tensors corrected from {self.images:,} images{left}"
+
+
+class Repairer:
+    """Repairs of one network from one sample. What the uncut network gives on the sample is kept between calls."""
+
+    def __init__(self, program: Program, images: Tensor | None, budget: int = BUDGET) -> None:
+        """Args:
+        images: the sample, shape ``(images, …)``; a thousand do. Of large images only as many are looked at as the
+            network's values of fit in a few gigabytes.
+        budget: bytes of the uncut network's values to keep.
+        """
+        self.program = program
+        self.images = images[: _affordable(program, images.element_size())] if images is not None else None
+        self._samples = Samples(budget)
+        self._last: tuple[tuple[Selection, str], Repaired] | None = None
+
+    def __call__(self, selection: Selection, how: str) -> Repaired:
+        """The correction for a selection.
+
+        Args:
+            how: one of :data:`prunelab.plan.REPAIRS`.
+
+        Raises:
+            PruneLabError: there is no such repair, or it needs images, or they do not fit the network.
+        """
+        if how not in REPAIRS:
+            raise unknown("repair", how, REPAIRS)
+        if how == "none" or not removes_anything(self.program, selection):
+            return Repaired()
+        if self.images is None or not len(self.images):
+            raise PruneLabError(f"The repair {how!r} needs images: pass a few hundred of the training set.")
+        key = (selection, how)
+        if self._last is None or self._last[0] != key:
+            program = self.program.under(selection)
+            check_images(program, inputs_of(program, self.images))
+            images = self.images.to(next(iter(program.model.parameters())).device)
+            walk = Walk(Cut(program, selection), how, images, self._samples)
+            walk.run()
+            self._last = (key, Repaired(walk.found, tuple(dict.fromkeys(walk.left)), len(images)))
+        return self._last[1]
+
+
+def repair(program: Program, selection: Selection, how: str, images: Tensor | None) -> Repaired:
+    """One repair, as :class:`Repairer` gives it; nothing is kept."""
+    return Repairer(program, images, budget=0)(selection, how)
+
+
+def _affordable(program: Program, value_bytes: int) -> int:
+    """Images whose values fit in memory, and that the user's code takes at once."""
+    if program.batch is not None:
+        return program.batch
+    largest = max(prod(node.shape) for node in program.base.nodes if node.kind == "op" and node.shape is not None)
+    return max(1, _WALK_BYTES // (_HELD_AT_ONCE * value_bytes * largest))
