@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from torch import Tensor
 from prunelab.program.cache import Cache
 from prunelab.program.fold import Fold, find_folds, folded
 from prunelab.program.ids import FIXED
-from prunelab.program.nodes import Node, Ref, map_refs
+from prunelab.program.nodes import INPLACE, Node, Ref, map_refs
 from prunelab.program.program import Program
 from prunelab.program.run import (
     Bound,
@@ -34,6 +34,10 @@ from prunelab.program.run import (
 from prunelab.program.selection import Selection
 
 _WEIGHTED = ("conv", "linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention")
+
+_MAKING = ("conv", "linear", "batch_norm", "add")
+_PURE = ("aten.relu.default", "aten.add.Tensor")
+_IN_PLACE = {"relu": torch.ops.aten.relu_.default, "add": torch.ops.aten.add_.Tensor}
 
 Address = bytes
 
@@ -60,14 +64,19 @@ class Recipe:
         folds: by node of the convolution.
         owners: for every state, the places of the layers that cut it.
         kept: nodes whose values are worth keeping.
+        reused: nodes that write their value where their first argument's was.
         exact: states that keep their type: those of norms, and what norms are folded into.
+        overwrites: whether an operator of the user's overwrites a value that others read: then the program runs as a
+            whole or not at all.
     """
 
     nodes: tuple[Node, ...]
     folds: Mapping[int, Fold]
     owners: Mapping[str, tuple[int, ...]]
     kept: frozenset[int]
+    reused: frozenset[int]
     exact: frozenset[int]
+    overwrites: bool
 
 
 def recipe(program: Program, fast: bool) -> Recipe:
@@ -76,6 +85,8 @@ def recipe(program: Program, fast: bool) -> Recipe:
     Args:
         fast: with norms folded; else operator by operator as the user's forward has them.
     """
+    overwrites = any(INPLACE.match(str(node.op).partition(".")[2].partition(".")[0]) for node in program.nodes)
+    fast = fast and not overwrites
     folds = {fold.node.index: fold for fold in find_folds(program)} if fast else {}
     norms = {fold.norm.index: fold for fold in folds.values()}
     nodes = tuple(_rewritten(node, norms) for node in program.nodes) if fast else program.nodes
@@ -84,8 +95,10 @@ def recipe(program: Program, fast: bool) -> Recipe:
     }
     exact = frozenset(n.index for n in nodes if n.kind == "state" and n.index not in inexact)
     # The whole network's, so that what it left in memory is found where units are bypassed.
-    kept = worth_keeping(program.base.nodes, program.outputs)
-    return Recipe(nodes, folds, _owners(program), kept, exact)
+    kept = worth_keeping(() if overwrites else program.base.nodes, program.outputs)
+    reused = _reusable(nodes, program.outputs, kept, norms) if fast else frozenset()
+    nodes = tuple(replace(n, op=_IN_PLACE[n.opname]) if n.index in reused else n for n in nodes)
+    return Recipe(nodes, folds, _owners(program), kept, reused, exact, overwrites)
 
 
 def _rewritten(node: Node, norms: Mapping[int, Fold]) -> Node:
@@ -99,6 +112,27 @@ def _rewritten(node: Node, norms: Mapping[int, Fold]) -> Node:
             node, op=torch.ops.aten.reshape.default, args={"self": node.args["self"], "shape": node.args["size"]}
         )
     return node
+
+
+def _reusable(
+    nodes: tuple[Node, ...], outputs: Iterable[Any], kept: Collection[int], norms: Collection[int]
+) -> frozenset[int]:
+    """Nodes that may overwrite their first argument: it is new, as large as the result, and nobody else reads it.
+
+    New memory for every value costs a fifth of the time of thin layers, most of it the operating system's.
+    """
+    readers = Counter(i for node in nodes for i in node.inputs)
+    readers.update(o.index for o in outputs if isinstance(o, Ref))
+    found = set()
+    for node in nodes:
+        at = node.args.get("self")
+        if str(node.op) not in _PURE or not isinstance(at, Ref) or readers[at.index] != 1 or at.index in kept:
+            continue
+        source = nodes[at.index]
+        new = source.opname.startswith(_MAKING) or source.index in norms or source.index in found
+        if new and (source.shape, source.batched) == (node.shape, node.batched) and node.inputs[0] == at.index:
+            found.add(node.index)
+    return frozenset(found)
 
 
 def _owners(program: Program) -> dict[str, tuple[int, ...]]:
@@ -202,6 +236,9 @@ class Incremental:
             if fold is not None:
                 weight, bias = self._fold(fold, addresses, states)
                 args[node.index] = {**args.get(node.index, node.args), "weight": weight, "bias": bias}
+        if how.overwrites:
+            whole = digest(*addresses)
+            addresses = [digest(whole, address) for address in addresses]
         return Prepared(how, Bound(program, states, args), tuple(addresses))
 
     def _cut(
@@ -269,7 +306,8 @@ class Incremental:
         for k in missing:
             node = nodes[k]
             values[k] = bound.value(node, values, map(self._fast, feeds.get(k, ())))
-            if k in kept and not _shares_memory(values[k], [values[i] for i in node.inputs]):
+            others = node.inputs[1:] if k in prepared.recipe.reused else node.inputs
+            if k in kept and not _shares_memory(values[k], [values[i] for i in others]):
                 now = time.perf_counter()
                 self.memory.put((prepared.addresses[k], batch), values[k], share * (now - spent))
                 spent = now
@@ -294,6 +332,8 @@ class Incremental:
                 continue
             missing.add(k)
             todo.extend(prepared.recipe.nodes[k].inputs)
+        if missing and prepared.recipe.overwrites:
+            return {}, list(range(len(prepared.recipe.nodes)))
         return values, sorted(missing)
 
 

@@ -21,7 +21,23 @@ from prunelab.program.incremental import Incremental
 from prunelab.program.run import bind
 from prunelab.repair import repair
 
+
+class Overwriting(nn.Module):
+    """Part of a value is overwritten before it is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x)) * 1.5
+        y[:, :, 1:].relu_()
+        out: Tensor = self.last(y.mean((2, 3)))
+        return out
+
+
 NETWORKS = {
+    "overwriting": Network(Overwriting, (3, 8, 8)),
     "residual": Network(lambda: zoo.resnet20(), (3, 16, 16)),
     "chain": Network(lambda: zoo.vgg_small(), (1, 28, 28)),
     "bottlenecks": Network(lambda: tv.resnet50(), (3, 32, 32)),
