@@ -245,6 +245,7 @@ def test_history_says_what_every_point_cost(lab: pl.Lab) -> None:
     assert list(frame["kind"]) == ["dense", "plan", "commit", "finetune"]
     assert list(frame.columns) == [
         *("kind", "params", "compression", "nonzero", "speedup", "flops", "accuracy", "low", "high", "n", "plan"),
+        "precision",
     ]
     assert frame["compression"].iloc[0] == frame["speedup"].iloc[0] == 1.0
     assert (frame["params"].iloc[1:] == lab.dense_cost().params).all()
