@@ -123,7 +123,7 @@ class Stand:
     def on(self, program: Program) -> Stand:
         """The same for a program of the same nodes: what is known of the uncut network is not run again."""
         other = replace(self, program=program)
-        for name in {"_dense", "_same_when_dense", "alike"} & vars(self).keys():
+        for name in {"_dense", "_same_when_dense", "alike", "_trains"} & vars(self).keys():
             vars(other)[name] = vars(self)[name]
         return other
 
@@ -134,7 +134,7 @@ class Stand:
         if problem and not error:
             return Failure(f"the cut network cannot be run: {problem}", None)
         if not error and said == [call for _, call in expected]:
-            return None
+            return self._in_training(selection)
         other_path = not self._same_when_dense and [len(expected), len(said)] != [len(calls) for calls in self._dense]
         if other_path and not error:
             return Failure("your forward takes another path when it is cut", None)
@@ -150,7 +150,30 @@ class Stand:
             return Failure(error, self._node_at(len(said), expected))
         if self._same_when_dense and len(expected) != len(said):
             return Failure("your forward takes another path when it is cut", None)
-        return None
+        return self._in_training(selection)
+
+    def _in_training(self, selection: Selection) -> Failure | None:
+        """Why a branch that only runs in training, such as an auxiliary classifier, does not follow a cut."""
+        if not self._trains:
+            return None
+        problem = self._training(selection)
+        return Failure(f"your forward fails in training mode when it is cut: {problem}", None) if problem else None
+
+    def _training(self, selection: Selection) -> str:
+        """The error of the user's forward in training mode, or ""."""
+        module = self._module(selection)
+        for part in module.modules():
+            part.training = True
+        return self.record(lambda: module(*self.args))[1]
+
+    @cached_property
+    def _trains(self) -> bool:
+        """Whether there are parameters that only training reads, and forward runs then when nothing is cut."""
+        nodes = self.program.base.nodes
+        read = {i for node in nodes for i in node.inputs}
+        parameters = {name for name, _ in self.program.model.named_parameters()}
+        unread = any(n.kind == "state" and n.index not in read and n.target in parameters for n in nodes)
+        return unread and not self._training(DENSE)
 
     def _node_at(self, position: int, expected: list[tuple[int, Call]]) -> int | None:
         """The node that makes the call which forward did not come to make."""

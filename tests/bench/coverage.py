@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -51,7 +52,8 @@ def examine(name: str) -> dict[str, object]:
     program = pl.trace(model, images)
     seconds = time.perf_counter() - start
     weights = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    weights = {n for n in weights if f"{n}.weight" in program.state_nodes}
+    read = {program.nodes[i].target for node in program.nodes for i in node.inputs}
+    weights = {n for n in weights if f"{n}.weight" in read}
     rows = [(slot.state.removesuffix(".weight"), row) for row in program.layers for slot in row.slots if slot.dim == 0]
     free = weights & {name for name, row in rows if not row.pinned}
     selection = half_of_everything(program)
@@ -80,6 +82,7 @@ def line(row: dict[str, object]) -> str:
     pinned = row["pinned"]
     assert isinstance(pinned, dict)
     reasons = "; ".join(f"{count} × {reason}" for reason, count in pinned.items())
+    reasons = re.sub(r"\(in \S*/", "(in ", reasons)  # where torchvision lies on this machine says nothing
     equal = ["equal" if row[key] else "DIFFERENT" for key in ("parameters", "flops")]
     return (
         f"| {row['model']} | {row['layers']} | {row['free']} of {row['weights']} | {row['trace']:.1f} "

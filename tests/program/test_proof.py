@@ -114,3 +114,24 @@ def test_without_proof_nothing_is_pinned_but_by_the_rules() -> None:
     net = Network(lambda: Wide(frozenset({4}), refusing), (8,))
     program = pl.trace(net.build(), net.images(), prove=False)
     assert [layer.name for layer in program.layers if layer.pinned] == ["layers.8"]
+
+
+def test_what_a_branch_reads_in_training_alone_is_pinned() -> None:
+    """An auxiliary classifier that evaluation never runs would not follow a cut of what it reads."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head, self.aux = (nn.Linear(*sizes) for sizes in ((4, 6), (6, 5), (5, 2), (6, 2)))
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            x = self.a(x).relu()
+            logits: Tensor = self.head(self.b(x).relu())
+            return (logits, self.aux(x)) if self.training else logits
+
+    model = Auxiliary().eval()
+    program = pl.trace(model, torch.randn(2, 4))
+    assert {layer.name for layer in program.layers if not layer.pinned} == {"b"}
+    assert "your forward fails in training mode when it is cut" in program.layer("a").pinned
+    small = pl.commit(program, pl.Selection({"b": (0, 3)})).train()
+    assert [tuple(out.shape) for out in small(torch.randn(3, 4))] == [(3, 2), (3, 2)]
