@@ -34,7 +34,7 @@ Written by `make coverage`. Every classification model of torchvision {torchvisi
 the channels of every free layer, in float64 on PyTorch {torch}. *Free* are the convolution and linear layers that run
 in evaluation mode and whose outputs can be removed; *difference* is the largest one between the previewed and the
 committed logits, relative to the largest logit; FLOPs are equal when what the closed form projects is what PyTorch's
-counter finds on the committed module, attention unfused. Seconds to trace, on one shared core.
+counter finds on the committed module, attention unfused. Processor seconds to trace, on one thread.
 
 | model | layers | free | trace s | difference | parameters | FLOPs | pinned |
 | --- | ---: | ---: | ---: | ---: | --- | --- | --- |
@@ -48,9 +48,9 @@ def examine(name: str) -> dict[str, object]:
     given = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     net = Network(lambda: torchvision.models.get_model(name, weights=None, **given), (3, side, side))
     model, images = net.build(), net.images()
-    start = time.perf_counter()
+    start = time.process_time()
     program = pl.trace(model, images)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     weights = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     read = {program.nodes[i].target for node in program.nodes for i in node.inputs}
     weights = {n for n in weights if f"{n}.weight" in read}
