@@ -6,13 +6,12 @@ convolution before, now overwrites what the bypassed module was given; whoever r
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from prunelab.errors import PruneLabError
-from prunelab.program.nodes import INPLACE, Node, Ref, map_refs
+from prunelab.program.nodes import Node, Ref, is_inplace, map_refs, may_give_back
 
 
 def settled(
@@ -49,7 +48,7 @@ def settled(
             root = roots[node.index]
             if nodes[root].kind != "op" and root != before[node.index]:
                 raise PruneLabError(_said(node))
-            if not INPLACE.match(_name(node)):
+            if not is_inplace(node.op):
                 same[node.index] = same[node.overwrites]
                 latest[same[node.index]] = written[root] = node.index
     return tuple(found), tuple(map_refs(output, lambda i: Ref(now(i))) for output in outputs)
@@ -78,15 +77,4 @@ def _shares(node: Node) -> int | None:
     if node.overwrites is not None:
         return node.overwrites
     first = next(iter(node.args.values()), None)
-    if not isinstance(first, Ref):
-        return None
-    schema = getattr(node.op, "_schema", None)
-    if schema is None:
-        return first.index if node.op is operator.getitem else None
-    given_back = "dropout" in schema.name
-    return first.index if given_back or any(r.alias_info is not None for r in schema.returns) else None
-
-
-def _name(node: Node) -> str:
-    packet = getattr(node.op, "overloadpacket", None)
-    return packet.__name__ if packet is not None else ""
+    return first.index if isinstance(first, Ref) and may_give_back(node.op) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,21 @@ class Node:
         packet = getattr(self.op, "overloadpacket", None)
         name = str(packet.__name__ if packet is not None else self.op.__name__)
         return INPLACE.sub(r"\1", name)
+
+
+def is_inplace(op: Any) -> bool:
+    """Whether an operator overwrites its first argument."""
+    packet = getattr(op, "overloadpacket", None)
+    return packet is not None and INPLACE.match(packet.__name__) is not None
+
+
+def may_give_back(op: Any) -> bool:
+    """Whether an operator's value may lie in the memory of its first argument."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:
+        return op is operator.getitem
+    # In evaluation mode dropout gives back its input, whatever its schema says.
+    return "dropout" in schema.name or any(r.alias_info is not None for r in schema.returns)
 
 
 def map_refs(value: Any, fn: Callable[[int], Any]) -> Any:

@@ -8,7 +8,7 @@ then follows further; where none helps, the line's channels are pinned. The proo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, product
 from typing import TYPE_CHECKING
 
@@ -45,15 +45,14 @@ def opened(build: Build, nodes: tuple[Node, ...]) -> Program:
 
 def _opened(build: Build, heads: tuple[Attention, ...], stand: Stand) -> Program | None:
     """The program opened, or None where there was nothing to do."""
-    start = stand
+    start, failure = stand, _failure(stand)
     for _ in range(_ROUNDS):
-        failure = _failure(stand)
         if failure is None:
             return stand.program if stand is not start else None
-        better = _explained(build, heads, stand, failure) or _without(build, stand, failure)
+        better = _further(_tried(build, heads, stand, failure), failure)
         if better is None:
             break
-        stand = better
+        stand, failure = better
     pins = unprovable(stand)
     return build(stand.program.hints.pinning(pins)) if pins else stand.program
 
@@ -63,33 +62,34 @@ def _failure(stand: Stand) -> Failure | None:
     return first_failure(stand, free_layers(stand.program))
 
 
-def _gets_further(stand: Stand, failure: Failure) -> bool:
-    """Whether forward follows a program beyond where it failed before."""
-    after = _failure(stand)
-    return after is None or (after.node is not None and failure.node is not None and after.node > failure.node)
+def _further(candidates: Iterable[Stand], failure: Failure) -> tuple[Stand, Failure | None] | None:
+    """The first program that forward follows beyond where it failed before, and where it fails now."""
+    for candidate in candidates:
+        after = _failure(candidate)
+        if after is None or (after.node is not None and failure.node is not None and after.node > failure.node):
+            return candidate, after
+    return None
 
 
-def _explained(build: Build, heads: tuple[Attention, ...], stand: Stand, failure: Failure) -> Stand | None:
-    """The program under the first explanation with which forward follows further."""
+def _tried(build: Build, heads: tuple[Attention, ...], stand: Stand, failure: Failure) -> Iterator[Stand]:
+    """The program under every explanation, and at last with the channels of the failing line pinned."""
     if failure.node is None:
-        return None
-    tried = (h for h in _explanations(stand.program, heads, failure.node) if h != stand.program.hints)
-    candidates = (stand.on(build(hints)) for hints in tried)
-    return next((candidate for candidate in candidates if _gets_further(candidate, failure)), None)
+        return
+    hints = stand.program.hints
+    for explained in _explanations(stand.program, heads, failure.node):
+        if explained != hints:
+            yield stand.on(build(explained))
+    yield stand.on(build(hints.pinning(_line_pins(stand.program, failure.node, failure.reason))))
 
 
-def _without(build: Build, stand: Stand, failure: Failure) -> Stand | None:
-    """The program with the channels of the failing line pinned, where that gets it further."""
-    if failure.node is None:
-        return None
-    nodes, structure = stand.program.nodes, stand.program.structure
+def _line_pins(program: Program, at: int, reason: str) -> dict[int, str]:
+    """Every class that stands in a value of a failing line, with the reason."""
     pins: dict[int, str] = {}
-    for node in _same_line(nodes, failure.node):
-        value = structure.values[node.index]
+    for node in _same_line(program.nodes, at):
+        value = program.structure.values[node.index]
         for ids in value if isinstance(value, tuple) else ():
-            pins.update(dict.fromkeys(structure.label[ids].tolist() if ids is not None else (), failure.reason))
-    candidate = stand.on(build(stand.program.hints.pinning(pins)))
-    return candidate if _gets_further(candidate, failure) else None
+            pins.update(dict.fromkeys(program.structure.label[ids].tolist() if ids is not None else (), reason))
+    return pins
 
 
 def _same_line(nodes: tuple[Node, ...], at: int) -> list[Node]:
@@ -165,14 +165,15 @@ def _widths(program: Program, heads: tuple[Attention, ...], line: list[Node]) ->
 def _width(program: Program, place: Attention) -> Tie | None:
     """The dimension in which heads lie side by side again, and the one of equal length that the module is given."""
     nodes, path = program.nodes, program.nodes[place.node].module
-    inside = f"{path}." if path else ""
-    own = [n for n in nodes if n.kind == "op" and (n.module == path or n.module.startswith(inside))]
+    around = f"{path}." if path else ""
+    own = [n for n in nodes if n.kind == "op" and (n.module == path or n.module.startswith(around))]
+    inside = {n.index for n in own}
     merged = next(((n, k) for n in own if n.index > place.node and (k := _merged(nodes, n)) is not None), None)
     if merged is None:
         return None
     node, k = merged
     assert node.shape is not None
-    for i in (i for n in own for i in n.inputs if nodes[i].kind != "state" and nodes[i] not in own):
+    for i in (i for n in own for i in n.inputs if nodes[i].kind != "state" and i not in inside):
         given = nodes[i].shape
         if given and given[-1] == node.shape[k]:
             return (node.index, k), (i, len(given) - 1)
@@ -184,6 +185,6 @@ def _merged(nodes: tuple[Node, ...], node: Node) -> int | None:
     if RULES.get(node.opname) is not reshape:
         return None
     before = nodes[node.inputs[0]].shape
-    if before is None or node.shape is None or len(before) < 2 or node.shape[-1] == before[-1]:
+    if before is None or node.shape is None or len(before) < 2:
         return None
     return len(node.shape) - 1 if node.shape[-1] % before[-1] == 0 and node.shape[-1] > before[-1] else None

@@ -123,7 +123,7 @@ class Stand:
     def on(self, program: Program) -> Stand:
         """The same for a program of the same nodes: what is known of the uncut network is not run again."""
         other = replace(self, program=program)
-        for name in {"_dense", "_same_when_dense", "alike", "_trains"} & vars(self).keys():
+        for name in {"_uncut", "_same_when_dense", "_alike", "_trains"} & vars(self).keys():
             vars(other)[name] = vars(self)[name]
         return other
 
@@ -179,11 +179,11 @@ class Stand:
         """The node that makes the call which forward did not come to make."""
         if self._same_when_dense:
             return expected[position][0] if position < len(expected) else None
-        return next((self._dense[0][i][0] for i, j in self.alike if j >= position), None)
+        return next((self._dense[0][i][0] for i, j in self._alike if j >= position), None)
 
     def _pairs(self, count: int) -> Iterable[tuple[int, int]]:
         """Places of the calls, among the first so many, that stand for each other on a cut."""
-        pairs = ((i, i) for i in range(count)) if self._same_when_dense else self.alike
+        pairs = ((i, i) for i in range(count)) if self._same_when_dense else self._alike
         return (pair for pair in pairs if max(pair) < count)
 
     @cached_property
@@ -191,19 +191,27 @@ class Stand:
         return [call for _, call in self._dense[0]] == self._dense[1]
 
     @cached_property
+    def _uncut(self) -> tuple[tuple[list[tuple[int, Call]], str], tuple[Calls, str]]:
+        return self.expected(DENSE), self.forward(DENSE)
+
+    @property
+    def runs(self) -> bool:
+        """Whether program and forward run on these tensors when nothing is cut."""
+        return not any(problem for _, problem in self._uncut)
+
+    @property
     def _dense(self) -> tuple[list[tuple[int, Call]], Calls]:
         """What program (with its nodes) and forward call when nothing is cut."""
-        return self.expected(DENSE)[0], self.forward(DENSE)[0]
+        (expected, _), (said, _) = self._uncut
+        return expected, said
 
     @cached_property
-    def alike(self) -> list[tuple[int, int]]:
+    def _alike(self) -> list[tuple[int, int]]:
         """Places of the calls that both make when nothing is cut.
 
         They are not always all: a forward that counts its calls in a buffer does more than the program.
         """
-        ours, said = self._dense
-        blocks = SequenceMatcher(None, [call for _, call in ours], said, autojunk=False).get_matching_blocks()
-        return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
+        return _matched(*self._dense)
 
     def departure(self, base: Stand) -> str:
         """Why forward does not follow the program's bypasses, or ""; ``base`` is the network without them."""
@@ -213,8 +221,9 @@ class Stand:
         expected, error = self.expected(DENSE)
         if error:
             return f"the network cannot be run without it: {error}"
-        pairs = zip(_unmatched(expected, said), _unmatched(*base._dense), strict=True)
-        if any(now > before for now, before in pairs):
+        now, before = len(_matched(expected, said)), len(base._alike)
+        ours, theirs = base._dense
+        if len(expected) - now > len(ours) - before or len(said) - now > len(theirs) - before:
             return "your forward does not do the same when an identity stands in its place"
         return ""
 
@@ -260,14 +269,13 @@ class Stand:
         return recorder.calls, ""
 
 
-def _unmatched(expected: list[tuple[int, Call]], theirs: Calls) -> tuple[int, int]:
-    """How many calls of each list have no counterpart in the other."""
+def _matched(expected: list[tuple[int, Call]], said: Calls) -> list[tuple[int, int]]:
+    """Places of the calls that stand for each other in two lists."""
     ours = [call for _, call in expected]
-    if ours == theirs:
-        return 0, 0
-    matching = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
-    both = sum(block.size for block in matching)
-    return len(ours) - both, len(theirs) - both
+    if ours == said:
+        return [(i, i) for i in range(len(ours))]
+    blocks = SequenceMatcher(None, ours, said, autojunk=False).get_matching_blocks()
+    return [(b.a + k, b.b + k) for b in blocks for k in range(b.size)]
 
 
 def free_layers(program: Program) -> list[int]:
@@ -356,7 +364,7 @@ def attempt(program: Program, check: Callable[[Stand], T]) -> T:
     """A check on tensors without data that the uncut forward runs on."""
     with _stand(program, fake=False) as stand:
         found = check(stand)
-        if not found or not (stand.forward(DENSE)[1] or stand.expected(DENSE)[1]):
+        if not found or stand.runs:
             return found
     # It makes tensors on a device that it names.
     with _stand(program, fake=True) as stand:

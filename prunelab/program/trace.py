@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunelab.errors import PruneLabError
 from prunelab.program.guard import eval_mode, quiet
 from prunelab.program.lines import is_users, sentence
-from prunelab.program.nodes import INPLACE, Node, Ref
+from prunelab.program.nodes import INPLACE, Node, Ref, is_inplace, may_give_back
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -259,8 +259,7 @@ class _Memory:
         root = self._root[node] = self._root.get(source, source) if source is not None else node
         before = [*self._views.setdefault(root, []), root]
         self._views[root].append(node)
-        packet = getattr(node.target, "overloadpacket", None)
-        if source is None or packet is None or not INPLACE.match(packet.__name__):
+        if source is None or not is_inplace(node.target):
             return [], False
         same = self._same.setdefault(source, [source])
         self._same[node] = same
@@ -278,14 +277,7 @@ class _Memory:
 def _shares(node: fx.Node) -> fx.Node | None:
     """The node whose memory this node's value may share."""
     first = node.args[0] if node.args and node.op == "call_function" else None
-    if not isinstance(first, fx.Node):
-        return None
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return first if node.target is operator.getitem else None
-    # In evaluation mode dropout gives back its input, whatever its schema says.
-    given_back = "dropout" in schema.name
-    return first if given_back or any(r.alias_info is not None for r in schema.returns) else None
+    return first if isinstance(first, fx.Node) and may_give_back(node.target) else None
 
 
 def _shapes(value: Any) -> tuple[tuple[int, ...] | None, tuple[bool, ...], tuple[tuple[int, ...], ...]]:
