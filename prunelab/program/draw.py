@@ -152,10 +152,11 @@ def _looks(program: Program, found: list[Element], couplings: Mapping[str, int],
         kept = None if gone is None or element.weight is None else _kept(program, *element.weight, gone)
         width, height = max(_letters(element.label, _TEXT) + 18, 26.0), 22.0
         if element.kind == "box":
-            # The name has a badge, a lock or counts beside it.
-            title = _letters(_short(element.name), _NAME) + 56 + 18 * len(numbers)
-            reasons = [_letters(line, _SMALL) + 20 for line in reason]
             bar = kept is not None and not reason
+            # The name has a badge, a lock or counts beside it.
+            counts = _letters(f"{kept[0]} / {kept[1]}", _TEXT) if kept is not None else 0.0
+            title = _letters(_short(element.name), _NAME) + max(56, counts + 34) + 18 * len(numbers)
+            reasons = [_letters(line, _SMALL) + 20 for line in reason]
             width, height = max(width + 2, title, *reasons), 38.0 + 13 * len(reason) + 7 * bar
         tooltip = _tooltip(program, element, layers, costs, kept)
         looks.append(_Look(numbers, pinned, reason, kept, tooltip, width, height))
