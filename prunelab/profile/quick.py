@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,46 +19,56 @@ from prunelab.program.selection import Selection
 _BEARABLE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
-def quickest(program: Program, sites: tuple[int, ...], inputs: tuple[Tensor, ...]) -> Bound:
+@dataclass(frozen=True)
+class Runner:
+    """A program ready to run.
+
+    Attributes:
+        bound: its weights and operators.
+        innermost: whether images are given with their channels innermost in memory.
+    """
+
+    bound: Bound
+    innermost: bool = False
+
+    def run(self, inputs: tuple[Tensor, ...], watch: Mapping[int, Callable[[Tensor], None]]) -> None:
+        """Run a batch; ``watch`` is that of :meth:`Bound.run`, and must not keep a value without copying it."""
+        inputs = tuple(x.to(self.bound.device) for x in inputs)
+        if self.innermost:
+            inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+        self.bound.run(inputs, watch)
+
+
+def quickest(program: Program, sites: Iterable[int], inputs: tuple[Tensor, ...]) -> Runner:
     """The program ready to run: the fast way where it gives the same values at all sites, else operator by operator.
 
     Args:
         inputs: some images to compare the two on.
     """
-    plain = bind(program)
-    tensors = [t for t in (*plain.states.values(), *inputs) if t.is_floating_point()]
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or not dtypes <= _BEARABLE.keys() or any(t.device.type != "cpu" for t in tensors):
+    plain = Runner(bind(program))
+    dtypes = {t.dtype for t in (*plain.bound.states.values(), *inputs) if t.is_floating_point()}
+    if len(dtypes) != 1 or not dtypes <= _BEARABLE.keys() or plain.bound.device.type != "cpu":
         return plain
-    fast = _folded(program, inputs[0].dtype)
-    if fast is None:
+    (dtype,) = dtypes
+    prepared = Incremental(program, Cache(0), fast=dtype).prepare(Selection(bypassed=program.bypassed), {})
+    if prepared.recipe.overwrites:
         return plain
+    fast = Runner(replace(prepared.bound, program=replace(program, nodes=prepared.recipe.nodes)), innermost=True)
     try:
-        found = _values(fast, sites, tuple(innermost(x) for x in inputs))
+        found = _values(fast, sites, inputs)
     except (RuntimeError, TypeError):
-        # An operator that wants its input's memory in the usual order.
+        # An operator that wants memory in the usual order.
         return plain
     wanted = _values(plain, sites, inputs)
-    bearable = _BEARABLE[inputs[0].dtype]
-    same = all(float((found[s] - wanted[s]).norm()) <= bearable * float(wanted[s].norm()) for s in sites)
+    same = all(float((found[s] - wanted[s]).norm()) <= _BEARABLE[dtype] * float(wanted[s].norm()) for s in sites)
     return fast if same else plain
 
 
-def innermost(images: Tensor) -> Tensor:
-    """Images ``(images, channels, height, width)`` with their channels innermost in memory; others as they are."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-
-
-def _folded(program: Program, dtype: torch.dtype) -> Bound | None:
-    """The program with its norms in the weights before them; None where it overwrites values that others read."""
-    prepared = Incremental(program, Cache(0), fast=dtype).prepare(Selection(bypassed=program.bypassed), {})
-    if prepared.recipe.overwrites:
-        return None
-    return replace(prepared.bound, program=replace(program, nodes=prepared.recipe.nodes))
-
-
-def _values(bound: Bound, sites: tuple[int, ...], inputs: tuple[Tensor, ...]) -> Mapping[int, Tensor]:
+def _values(runner: Runner, sites: Iterable[int], inputs: tuple[Tensor, ...]) -> dict[int, Tensor]:
     values: dict[int, Tensor] = {}
-    # Copies: what comes after may overwrite them.
-    bound.run(inputs, {s: lambda value, s=s: values.update({s: value.clone()}) for s in sites})  # type: ignore[misc]
+
+    def keep(site: int, value: Tensor) -> None:
+        values[site] = value.clone()
+
+    runner.run(inputs, {site: partial(keep, site) for site in sites})
     return values

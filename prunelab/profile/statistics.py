@@ -108,7 +108,9 @@ def measure(value: Tensor, axis: int, nonnegative: bool = False) -> Statistics:
     """
     gathering = Gathering(axis, nonnegative)
     gathering.add(value)
-    return gathering.take()
+    found = gathering.take()
+    assert found is not None
+    return found
 
 
 class Gathering:
@@ -144,16 +146,10 @@ class Gathering:
             self._totals.nonzero += _over_images(part.sign())
         return self._totals.add(_over_positions(flat))
 
-    def take(self) -> Statistics:
-        """The statistics of all that was added since the last time.
-
-        Raises:
-            AssertionError: nothing was.
-        """
-        assert self._totals is not None
-        found = self._totals.statistics(self._nonnegative)
-        self._totals = None
-        return found
+    def take(self) -> Statistics | None:
+        """The statistics of all that was added since the last time; None where that is nothing."""
+        totals, self._totals = self._totals, None
+        return None if totals is None else totals.statistics(self._nonnegative)
 
 
 class _Totals:
@@ -174,7 +170,7 @@ class _Totals:
         self.waiting.append(means)
         exact = sums.double()
         self.sum += exact.sum(0)
-        self.sum_squares += exact.square_().sum(0)
+        self.sum_squares += exact.square().sum(0)
         # Counting costs as much again per channel: too much for a few images at a time.
         if sum(map(len, self.waiting)) * sums.shape[1] >= 2 * _AT_ONCE:
             self.count()
