@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -70,7 +69,7 @@ class _Pass:
         self._statistics = dict(begun.statistics)
         self._gathered = {s: Gathering(a, _nonnegative(self._program.nodes[s])) for s, a in self._axes.items()}
         self._activations = _Kept(begun.room[0], begun.activations)
-        self._pooled = _Kept(begun.room[1], begun.pooled)
+        self._pooled = _Kept(begun.room[1], begun.pooled, torch.float32)
         self._watch = {site: partial(self._take, site) for site in self._axes}
         self._runner: Runner | None = None
 
@@ -83,8 +82,8 @@ class _Pass:
             self._run(self._cut(inputs, start, end))
             self.images += end - start
             start = end
-            if self._folder is not None and self.images // shards.SHARD > self.saved // shards.SHARD:
-                self._save(self._folder)
+            if self.images // shards.SHARD > self.saved // shards.SHARD:
+                self._end_shard()
 
     def profile(self) -> Profile:
         """All that is known so far."""
@@ -106,25 +105,28 @@ class _Pass:
         self._runner.run(inputs, self._watch)
 
     def _take(self, site: int, value: Tensor) -> None:
-        means = self._gathered[site].add(value)
-        if not math.isfinite(means.sum(dtype=torch.float64)):
+        gathering = self._gathered[site]
+        means = gathering.add(value)
+        if not gathering.finite:
             node = self._program.nodes[site]
             raise PruneLabError(
                 f"The activations of {node.module or node.name} are not finite (NaN or infinite) in the "
                 f"batch from image {self.images}: check the weights and data."
             )
         self._activations.add(site, self.images, value)
-        self._pooled.add(site, self.images, means.float())
+        self._pooled.add(site, self.images, means)
 
-    def _save(self, folder: Path) -> None:
+    def _end_shard(self) -> None:
+        # Added up here whether or not it is written, so that a pass that was taken up ends with the very same sums.
         found = self.profile()
         try:
-            shards.save(folder, found, self.saved)
+            if self._folder is not None:
+                shards.save(self._folder, found, self.saved)
         except FileNotFoundError:
             # Another process has finished the same profile and removed the shards: ours are no longer needed.
             self._folder = None
         except OSError as error:
-            warnings.warn(f"What is done cannot be kept in {folder} ({error}); it goes on without.", stacklevel=6)
+            warnings.warn(f"What is done cannot be kept in {self._folder} ({error}); it goes on without.", stacklevel=6)
             self._folder = None
         self.saved = self.images
 
@@ -132,8 +134,9 @@ class _Pass:
 class _Kept:
     """Values of the first images, by site."""
 
-    def __init__(self, room: int, begun: Mapping[int, Tensor]) -> None:
+    def __init__(self, room: int, begun: Mapping[int, Tensor], dtype: torch.dtype | None = None) -> None:
         self._room = room
+        self._dtype = dtype
         self._values: dict[int, Tensor] = {}
         for site, values in begun.items():
             self.add(site, 0, values)
@@ -144,7 +147,7 @@ class _Kept:
             return
         # One tensor from the start: joining many at the end would need twice the memory.
         if site not in self._values:
-            self._values[site] = torch.empty((self._room, *value.shape[1:]), dtype=value.dtype)
+            self._values[site] = torch.empty((self._room, *value.shape[1:]), dtype=self._dtype or value.dtype)
         self._values[site][images : images + len(value)].copy_(value[: self._room - images])
 
     def first(self, images: int) -> dict[int, Tensor]:

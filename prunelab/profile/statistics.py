@@ -138,13 +138,18 @@ class Gathering:
         if self._totals is None:
             self._totals = _Totals(flat.shape[1], channels, value.device)
         # Few enough at a time that what is made on the way stays in the processor's cache.
-        for part in flat.split(max(1, _AT_ONCE // max(1, flat[0].numel()))):
+        for part in flat.split(max(1, _AT_ONCE // max(1, flat.shape[1] * channels))):
             self._totals.squares += _over_images(part.square())
             if not self._nonnegative:
                 part = part.abs()
                 self._totals.absolute += _over_images(part)
             self._totals.nonzero += _over_images(part.sign())
         return self._totals.add(_over_positions(flat))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was added is."""
+        return self._totals is None or math.isfinite(self._totals.sum.sum())
 
     def take(self) -> Statistics | None:
         """The statistics of all that was added since the last time; None where that is nothing."""
@@ -162,23 +167,26 @@ class _Totals:
         self.sum, self.sum_squares, self.absolute, self.squares, self.nonzero = totals.unbind()
         self.histogram = torch.zeros(channels * BINS, dtype=torch.int64, device=device)
         self.waiting: list[Tensor] = []
+        self.uncounted = 0
 
     def add(self, sums: Tensor) -> Tensor:
         """Take in sums over positions, shape ``(images, channels)``; gives the means."""
         means = sums / self.positions
-        self.images += len(sums)
+        count, channels = sums.shape
+        self.images += count
+        self.uncounted += count
         self.waiting.append(means)
         exact = sums.double()
         self.sum += exact.sum(0)
         self.sum_squares += exact.square().sum(0)
         # Counting costs as much again per channel: too much for a few images at a time.
-        if sum(map(len, self.waiting)) * sums.shape[1] >= 2 * _AT_ONCE:
+        if self.uncounted * channels >= 2 * _AT_ONCE:
             self.count()
         return means
 
     def count(self) -> None:
         self.histogram += torch.bincount(_bins(torch.cat(self.waiting)), minlength=len(self.histogram))
-        self.waiting = []
+        self.waiting, self.uncounted = [], 0
 
     def statistics(self, nonnegative: bool) -> Statistics:
         if self.waiting:
