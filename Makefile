@@ -21,7 +21,7 @@ FIND_CHROMIUM = { test -x "$$PRUNELAB_CHROMIUM" || command -v chromium || comman
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint types unit notebooks browser pictures bench bench-structure coverage fuzz chromium format clean
+.PHONY: help lab test lint types unit notebooks browser pictures bench bench-structure bench-profile coverage fuzz chromium format clean
 
 help:
 	@echo "make lab        install, then open the explorer in JupyterLab (options: make lab LAB='--no-browser --port 9000')"
@@ -33,6 +33,7 @@ help:
 	@echo "make browser    drive the explorer in a headless Chromium"
 	@echo "make bench      timings, printed and checked against their budgets"
 	@echo "make bench-structure  Torch-Pruning and prunelab on the same networks; rewrites the README's table (minutes)"
+	@echo "make bench-profile    what a profile costs against a plain forward pass, as a table (minutes)"
 	@echo "make coverage   every classification model of torchvision, cut to half; rewrites its table (half an hour)"
 	@echo "make fuzz       the property tests again, with many more examples"
 	@echo "make pictures   draw ResNet-20 and take the screenshots of the explorer again, into notebooks/pictures"
@@ -79,6 +80,9 @@ bench: $(VENV)/.test
 
 bench-structure: $(VENV)/.bench
 	@$(APART) $(PY) tests/bench/structure.py
+
+bench-profile: $(VENV)/.test
+	@$(APART) $(PY) tests/bench/profiling.py
 
 coverage: $(VENV)/.test
 	@$(APART) $(PY) tests/bench/coverage.py

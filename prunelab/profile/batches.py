@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from prunelab.datasets import ImageSet
 from prunelab.errors import PruneLabError
@@ -23,6 +23,8 @@ def batches(data: Any, batch_size: int) -> tuple[Iterable[Any], int | None]:
     """
     if isinstance(data, DataLoader):
         return data, len(data) if hasattr(data.dataset, "__len__") else None
+    if isinstance(data, Tensor):
+        return torch.split(data, batch_size), -(-len(data) // batch_size)
     held = in_memory(data)
     if held is not None:
         return zip(*(torch.split(t, batch_size) for t in held), strict=True), -(-len(held[0]) // batch_size)
@@ -31,6 +33,46 @@ def batches(data: Any, batch_size: int) -> tuple[Iterable[Any], int | None]:
     if not hasattr(data, "__iter__"):
         raise PruneLabError(f"Data must be a Dataset, a DataLoader or batches, not a {type(data).__name__}.")
     return data, len(data) if hasattr(data, "__len__") else None
+
+
+def repeats_its_order(data: Any) -> bool:
+    """Whether data give the same images in the same order every time: sets do, and loaders that go through one."""
+    if not isinstance(data, DataLoader):
+        return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    plain = data.batch_sampler is None or type(data.batch_sampler) is BatchSampler
+    return plain and type(data.sampler) is SequentialSampler and not isinstance(data.dataset, IterableDataset)
+
+
+def batches_after(data: Any, batch_size: int, images: int) -> tuple[Iterable[Any], int]:
+    """The batches of data that repeat their order, from the one that holds this image on.
+
+    Returns:
+        the batches, and how many images come before them; 0 where only reading finds the place.
+    """
+    if isinstance(data, DataLoader) and data.batch_size is None:
+        return data, 0
+    size = data.batch_size if isinstance(data, DataLoader) and data.batch_size else batch_size
+    first = images - images % size
+    held = in_memory(data)
+    if isinstance(data, Tensor):
+        return torch.split(data[first:], size), first
+    if held is not None:
+        return zip(*(torch.split(t[first:], size) for t in held), strict=True), first
+    if not isinstance(data, DataLoader):
+        return DataLoader(data, sampler=range(first, len(data)), batch_size=size), first
+    dataset: Any = data.dataset
+    rest = DataLoader(
+        dataset,
+        batch_sampler=BatchSampler(range(first, len(dataset)), size, data.drop_last),
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        pin_memory=data.pin_memory,
+        timeout=data.timeout,
+        worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
+        prefetch_factor=data.prefetch_factor,
+    )
+    return rest, first
 
 
 def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:

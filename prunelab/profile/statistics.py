@@ -6,6 +6,7 @@ whole.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -15,11 +16,15 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-# Bins of the pooled response: even steps of asinh(100·x), so that they are fine near zero and still reach
-# ±1e4, and the same for every data set: histograms of different parts can be added.
+# Bins of the pooled response: four to an octave from 2^-10 to 2^14 on either side of zero, so that they are fine
+# near zero and still reach far, and the same for every data set: histograms of different parts can be added.
 BINS = 192
-_REACH = 14.6
-# Values looked at together: what fits beside their signs into the cache of one core.
+_SIDE = BINS // 2
+_LEAST = -10
+# Where float32 keeps its exponent and the first two bits after the point: counted from 2^-10, they are the bin.
+_DROPPED_BITS = 21
+_FIRST = (127 + _LEAST) << 2
+# Values looked at together: what fits beside their squares into the cache of one core.
 _AT_ONCE = 1 << 17
 
 
@@ -88,69 +93,138 @@ class Statistics:
 
 
 def edges() -> Array:
-    """Edges of the histogram's bins, shape ``(BINS + 1,)``."""
-    return np.sinh(np.linspace(-_REACH, _REACH, BINS + 1)) / 100.0
+    """Edges of the histogram's bins, shape ``(BINS + 1,)``; what lies beyond the outermost is in the outermost bin."""
+    steps = np.arange(1, _SIDE + 1)
+    positive = np.ldexp(1.0 + (steps % 4) / 4.0, _LEAST + steps // 4)
+    return np.concatenate([-positive[::-1], [0.0], positive])
 
 
 def measure(value: Tensor, axis: int, nonnegative: bool = False) -> Statistics:
     """Statistics of one batch.
 
-    Positions are summed in the value's own precision (at least float32) image by image, which does not depend
-    on how images are batched; images are summed in float64.
-
     Args:
         value: shape ``(images, …)`` with the channels along ``axis``.
         nonnegative: no value is below zero, as after a ReLU: saves a pass.
     """
-    images, channels = value.shape[0], value.shape[axis]
-    flat = value.detach().movedim(axis, 1).reshape(images, channels, -1)
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    size = flat.shape[2]
-    sums = flat.sum(2).double()
-    absolute, nonzero = _magnitudes(flat, sums if nonnegative else None)
-    pooled = sums / size
-    return Statistics(
-        images=images,
-        positions=images * size,
-        zeros=_array(images * size - nonzero),
-        sum=_array(sums.sum(0)),
-        sum_abs=_array(absolute),
-        sum_squares=_array(torch.linalg.vector_norm(flat, 2, 2).double().square_().sum(0)),
-        pooled_sum=_array(pooled.sum(0)),
-        pooled_squares=_array(pooled.square().sum(0)),
-        histogram=_array(_histogram(pooled)),
-    )
+    gathering = Gathering(axis, nonnegative)
+    gathering.add(value)
+    found = gathering.take()
+    assert found is not None
+    return found
 
 
-def _magnitudes(flat: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums of absolute values, and how many values differ from zero, both of shape ``(channels,)``.
+class Gathering:
+    """Statistics of the values of one site, which come piece by piece.
 
-    A few images at a time: what a whole batch makes on the way would not fit into the processor's cache.
-
-    Args:
-        sums: shape ``(images, channels)``: where nothing is below zero they are the absolute sums.
+    Positions are summed in the values' own precision (at least float32) image by image, images in float64: how they
+    come in pieces changes nothing but float64's rounding.
     """
-    absolute, nonzero = [], []
-    for part in flat.split(max(1, _AT_ONCE // max(1, flat[0].numel()))):
-        if sums is None:
-            magnitude = part.abs()
-            absolute.append(magnitude.sum(2))
-            nonzero.append(magnitude.sign_().sum(2))
-        else:
-            nonzero.append(part.sign().sum(2))
-    count = torch.cat(nonzero).sum(0, dtype=torch.float64)
-    return (sums if sums is not None else torch.cat(absolute)).sum(0, dtype=torch.float64), count
+
+    def __init__(self, axis: int, nonnegative: bool = False) -> None:
+        """Args:
+        axis: along which the channels lie; fastest where they are innermost in memory, other values are copied so.
+        nonnegative: no value is below zero, as after a ReLU: saves a pass.
+        """
+        self._axis = axis
+        self._nonnegative = nonnegative
+        self._totals: _Totals | None = None
+
+    def add(self, value: Tensor) -> Tensor:
+        """Take in values of shape ``(images, …)``; gives their means over positions, shape ``(images, channels)``."""
+        last = value.detach().movedim(self._axis, -1)
+        images, channels = last.shape[0], last.shape[-1]
+        flat = last.reshape(images, math.prod(last.shape[1:-1]), channels).contiguous()
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        if self._totals is None:
+            self._totals = _Totals(flat.shape[1], channels, value.device)
+        # Few enough at a time that what is made on the way stays in the processor's cache.
+        for part in flat.split(max(1, _AT_ONCE // max(1, flat.shape[1] * channels))):
+            self._totals.squares += _over_images(part.square())
+            if not self._nonnegative:
+                part = part.abs()
+                self._totals.absolute += _over_images(part)
+            self._totals.nonzero += _over_images(part.sign())
+        return self._totals.add(_over_positions(flat))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was added is."""
+        return self._totals is None or math.isfinite(self._totals.sum.sum())
+
+    def take(self) -> Statistics | None:
+        """The statistics of all that was added since the last time; None where that is nothing."""
+        totals, self._totals = self._totals, None
+        return None if totals is None else totals.statistics(self._nonnegative)
 
 
-def _histogram(pooled: Tensor) -> Tensor:
-    """Images by bin of the pooled response ``(images, channels)``, shape ``(channels, BINS)``."""
-    # asinh by hand: torch's own is several times slower.
-    scaled = pooled * 100.0
-    place = scaled.square().add_(1.0).sqrt_().add_(scaled.abs()).log_().copysign_(scaled)
-    # What is not finite has no bin; whoever asks for statistics looks for it in the sums.
-    bins = place.mul_(BINS / 2 / _REACH).add_(BINS / 2).nan_to_num_().clamp_(0, BINS - 1).long()
-    bins += torch.arange(pooled.shape[1], device=pooled.device) * BINS
-    return torch.bincount(bins.flatten(), minlength=pooled.shape[1] * BINS).reshape(-1, BINS)
+class _Totals:
+    """What is added up for the channels of a site, and the sums of the last images, which are counted together."""
+
+    def __init__(self, positions: int, channels: int, device: torch.device) -> None:
+        self.positions = positions
+        self.images = 0
+        totals = torch.zeros(5, channels, dtype=torch.float64, device=device)
+        self.sum, self.sum_squares, self.absolute, self.squares, self.nonzero = totals.unbind()
+        self.histogram = torch.zeros(channels * BINS, dtype=torch.int64, device=device)
+        self.waiting: list[Tensor] = []
+        self.uncounted = 0
+
+    def add(self, sums: Tensor) -> Tensor:
+        """Take in sums over positions, shape ``(images, channels)``; gives the means."""
+        means = sums / self.positions
+        count, channels = sums.shape
+        self.images += count
+        self.uncounted += count
+        self.waiting.append(means)
+        exact = sums.double()
+        self.sum += exact.sum(0)
+        self.sum_squares += exact.square().sum(0)
+        # Counting costs as much again per channel: too much for a few images at a time.
+        if self.uncounted * channels >= 2 * _AT_ONCE:
+            self.count()
+        return means
+
+    def count(self) -> None:
+        self.histogram += torch.bincount(_bins(torch.cat(self.waiting)), minlength=len(self.histogram))
+        self.waiting, self.uncounted = [], 0
+
+    def statistics(self, nonnegative: bool) -> Statistics:
+        if self.waiting:
+            self.count()
+        positions = self.images * self.positions
+        return Statistics(
+            images=self.images,
+            positions=positions,
+            zeros=_array(positions - self.nonzero),
+            sum=_array(self.sum),
+            sum_abs=_array(self.sum if nonnegative else self.absolute),
+            sum_squares=_array(self.squares),
+            pooled_sum=_array(self.sum / self.positions),
+            pooled_squares=_array(self.sum_squares / self.positions**2),
+            histogram=_array(self.histogram.reshape(-1, BINS)),
+        )
+
+
+def _over_images(values: Tensor) -> Tensor:
+    """Sums per channel: image by image in the values' own precision, which no batch size changes, then in float64."""
+    return _over_positions(values).sum(0, dtype=torch.float64)
+
+
+def _over_positions(values: Tensor) -> Tensor:
+    """Sums of ``(images, positions, channels)`` over positions."""
+    return values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
+
+
+def _bins(pooled: Tensor) -> Tensor:
+    """Where pooled responses ``(images, channels)`` are in the histogram ``(channels · BINS,)``."""
+    # Minus zero plus zero is zero: it belongs to the positive side.
+    bits = (pooled.float() + 0.0).view(torch.int32)
+    # What is not finite has no bin of its own; whoever asks for statistics looks for it in the sums.
+    steps = bits.bitwise_and(0x7FFFFFFF).bitwise_right_shift_(_DROPPED_BITS).sub_(_FIRST).clamp_(0, _SIDE - 1)
+    # All bits of the sign are set below zero: step 0 becomes -1, step 1 becomes -2.
+    bins = steps.bitwise_xor_(bits.bitwise_right_shift_(31)).add_(_SIDE)
+    bins += torch.arange(pooled.shape[1], device=pooled.device, dtype=torch.int32) * BINS
+    return bins.flatten()
 
 
 def _array(tensor: Tensor) -> Array:

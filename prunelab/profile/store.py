@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from prunelab.errors import PruneLabError
 from prunelab.profile.statistics import Array, Statistics
 
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_folder() -> Path:
@@ -77,22 +77,54 @@ def _digest_items(hasher: Any, dataset: Any) -> None:
 def _digest_loader(hasher: Any, loader: DataLoader[Any]) -> None:
     """Which items a loader reads, whatever their order: a profile does not depend on it."""
     batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    items = sorted(int(i) for batch in batches for i in (batch if isinstance(batch, list | tuple) else [batch]))
-    hasher.update(np.array(items, np.int64).tobytes())
+    each = (int(i) for batch in batches for i in (batch if isinstance(batch, list | tuple) else [batch]))
+    items = np.fromiter(each, np.int64)
+    items.sort()
+    hasher.update(items.data)
     hasher.update(getattr(loader.collate_fn, "__qualname__", "").encode())
 
 
-def free_bytes(folder: Path) -> int:
-    """Room left on the disk that holds a folder."""
+def need_room(folder: Path, count: int) -> None:
+    """There must be room for so many bytes on the disk that will hold a folder, and some left.
+
+    Raises:
+        OSError: there is not.
+    """
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    if shutil.disk_usage(folder).free < count + (64 << 20):
+        raise OSError("the disk is full")
+
+
+def packed(stats: Mapping[int, Statistics]) -> dict[str, Tensor]:
+    """Statistics by site as tensors by name."""
+    return {f"{site}/{k}": torch.from_numpy(np.array(v)) for site, s in stats.items() for k, v in s.arrays().items()}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[int, Statistics]:
+    """The reverse of :func:`packed`."""
+    arrays: dict[int, dict[str, Array]] = {}
+    for key, tensor in tensors.items():
+        site, _, name = key.partition("/")
+        arrays.setdefault(int(site), {})[name] = tensor.numpy().copy()
+    return {site: Statistics.from_arrays(found) for site, found in arrays.items()}
+
+
+def named(values: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Values by site as safetensors takes them."""
+    return {str(site): value.contiguous() for site, value in values.items()}
 
 
 def write(
-    folder: Path, meta: Mapping[str, Any], stats: Mapping[str, Statistics], activations: Mapping[str, Tensor]
+    folder: Path,
+    meta: Mapping[str, Any],
+    stats: Mapping[int, Statistics],
+    values: Mapping[str, Mapping[int, Tensor]],
 ) -> None:
     """Write a profile beside its place, then rename: a reader sees all of it or nothing.
+
+    Args:
+        values: by name of the file, what is kept by site.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -103,44 +135,45 @@ def write(
     beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir()
-        tensors = {
-            f"{site}/{k}": torch.from_numpy(np.array(v)) for site, s in stats.items() for k, v in s.arrays().items()
-        }
-        save_file(tensors, beside / "statistics.safetensors")
-        save_file({k: v.contiguous() for k, v in activations.items()}, beside / "activations.safetensors")
+        save_file(packed(stats), beside / "statistics.safetensors")
+        for name, tensors in values.items():
+            save_file(named(tensors), beside / f"{name}.safetensors")
         (beside / "profile.json").write_text(json.dumps({"format": FORMAT, **meta}, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Statistics], dict[str, Tensor]]:
-    """Read a profile; its activations are memory-mapped, not loaded.
+def read(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], dict[int, Statistics], list[dict[int, Tensor]]]:
+    """Read a profile; the values in the files named are memory-mapped, not loaded.
 
     Raises:
         PruneLabError: the files are damaged, incomplete or not a profile.
     """
-    from safetensors import safe_open
     from safetensors.torch import load_file
 
     try:
         meta = json.loads((folder / "profile.json").read_text())
         if meta.get("format") != FORMAT:
             raise PruneLabError(f"The profile in {folder} was written by another version of prunelab.")
-        arrays: dict[str, dict[str, Array]] = {}
-        for key, tensor in load_file(folder / "statistics.safetensors").items():
-            site, _, name = key.partition("/")
-            arrays.setdefault(site, {})[name] = tensor.numpy().copy()
-        stats = {site: Statistics.from_arrays(found) for site, found in arrays.items()}
-        with safe_open(folder / "activations.safetensors", framework="pt") as file:
-            activations = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        stats = unpacked(load_file(folder / "statistics.safetensors"))
+        values = [
+            {int(site): value for site, value in mapped(folder / f"{name}.safetensors").items()} for name in names
+        ]
     except PruneLabError:
         raise
     except Exception as error:
         raise PruneLabError(
             f"The profile in {folder} is damaged or not prunelab's ({error}); delete the folder."
         ) from error
-    return meta, stats, activations
+    return meta, stats, values
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict

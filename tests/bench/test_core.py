@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import profiling
 import pytest
 import torch
 import torchvision.models as tv
 from support import half_of_everything
-from torch import nn
 
 import prunelab as pl
-from prunelab import zoo
 from prunelab.program.selection import Selection
 
 
@@ -33,29 +32,11 @@ def test_tracing_resnet50_with_its_proof() -> None:
     assert seconds < 2
 
 
-@pytest.mark.parametrize(
-    ("name", "model", "shape", "most"),
-    [
-        ("LeNet", zoo.lenet(), (2048, 1, 28, 28), 1.4),
-        ("VGG", zoo.vgg_small(), (2048, 1, 28, 28), 1.3),
-        # Layers so thin that looking at their values costs a good part of what computing them costs.
-        ("ResNet-20", zoo.resnet20(in_channels=1), (2048, 1, 28, 28), 1.6),
-        ("ResNet-18", tv.resnet18(), (512, 3, 64, 64), 1.4),
-    ],
-)
-def test_a_profile_against_a_plain_forward(name: str, model: nn.Module, shape: tuple[int, ...], most: float) -> None:
-    images = torch.randn(shape)
-    program = pl.trace(model.eval(), images[:2])
-
-    def forward() -> None:
-        with torch.no_grad():
-            for part in images.split(256):
-                model(part)
-
-    plain = best(forward)
-    profiled = best(lambda: pl.profile(program, images, cache=False, progress=False, sample=0))
-    print(f"\n{name}: forward {plain:.2f} s, profile {profiled:.2f} s, {profiled / plain:.2f} times as long")
-    assert profiled / plain < most
+@pytest.mark.parametrize("case", profiling.CASES, ids=lambda case: case.name)
+def test_a_profile_against_a_plain_forward(case: profiling.Case) -> None:
+    times = profiling.measure(case)
+    print(f"\n{case.name}: forward {times.plain:.2f} s, profile {times.profile:.2f} s, {times.ratio:.2f} times as long")
+    assert times.ratio <= 1.25
 
 
 def test_committing_and_projecting_half_of_resnet50() -> None:

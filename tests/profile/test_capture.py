@@ -25,6 +25,8 @@ from prunelab.profile.capture import Profile
 from prunelab.program.run import Bound
 
 NETWORK = Network(zoo.vgg_small, (1, 28, 28))
+# Two images run twice before all others: the fast way to run must give the same values.
+COMPARED = (2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +255,9 @@ def test_the_byte_budget_holds(program: pl.Program, images: Tensor, budget: int)
 
 def test_the_second_time_nothing_runs(program: pl.Program, images: Tensor, tmp_path: Path, forwards: list[int]) -> None:
     first = quiet(program, images, cache=tmp_path, batch_size=25)
-    assert forwards == [25, 25, 10]
+    assert forwards == [*COMPARED, 25, 25, 10]
     second = quiet(program, images, cache=tmp_path, batch_size=25)
-    assert forwards == [25, 25, 10]
+    assert forwards == [*COMPARED, 25, 25, 10]
     assert same(first, second)
     assert first.folder == second.folder
     assert first.folder is not None
@@ -344,7 +346,7 @@ def test_a_stream_is_never_taken_from_the_cache(
     for _ in range(2):
         forwards.clear()
         quiet(program, DataLoader(Stream(images), batch_size=30), cache=tmp_path)
-        assert forwards == [30, 30]
+        assert forwards == [*COMPARED, 30, 30]
 
 
 def test_stopped_half_way_leaves_nothing(program: pl.Program, images: Tensor, tmp_path: Path) -> None:
