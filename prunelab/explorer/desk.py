@@ -17,6 +17,7 @@ from prunelab.program.channels import Layer
 from prunelab.program.cost import Term
 from prunelab.program.program import Program
 from prunelab.program.units import Unit
+from prunelab.widths import step_of
 
 _HERE = Path(__file__).parent
 
@@ -31,7 +32,8 @@ class Desk(anywidget.AnyWidget):
     header: Any = traitlets.Dict().tag(sync=True)
     """Title and note above the rows."""
     rows: Any = traitlets.List().tag(sync=True)
-    """One dict per layer: name, kind, channels, members, pinned, scores, mean, std, shares, stage."""
+    """One dict per layer: name, kind, channels, step (units kept are a multiple of it), members, pinned, scores, mean,
+    std, shares, stage."""
     units: Any = traitlets.List().tag(sync=True)
     """Blocks that can be removed whole, and blocks and layers that are: name, kind, removed, at (how many rows come
     before), stage, shares. A layer that can be removed has its unit's name in its row."""
@@ -86,6 +88,7 @@ def _row(lab: Lab, layer: Layer, params: float, flops: float, units: set[str]) -
         "name": layer.name,
         "kind": layer.kind,
         "channels": layer.channels,
+        "step": step_of(layer, lab.plan.multiple),
         "members": len(layer.producers),
         "pinned": layer.pinned,
         "scores": np.sort(score).tolist(),

@@ -193,9 +193,12 @@ function amounts(row, entry) {
   return { units, gone, ratio, std };
 }
 
-function noteOf(entry, { units, gone, ratio }) {
+function noteOf(row, entry, { units, gone, ratio }) {
   if (entry.grain === "weight") return ratio > 0 ? `${percent(ratio)} zero` : "";
-  return entry.rule === "manual" ? "by hand" : units && gone ? `−${gone}` : "";
+  if (entry.rule === "manual") return "by hand";
+  // A rule that rounding left without effect says so.
+  if (!gone) return units && entry.rule !== "none" && row.step > 1 ? `in ${row.step}s` : "";
+  return units ? `−${gone}` : "";
 }
 
 function makeRow(first) {
@@ -226,7 +229,7 @@ function makeRow(first) {
     const now = amounts(row, entry);
     const left = row.channels - now.gone;
     const [none, result] = [entry.rule === "none" ? "none" : DASH, `keeps ${left} of ${row.channels}`];
-    common.update(row, left, noteOf(entry, now), largest);
+    common.update(row, left, noteOf(row, entry, now), largest);
     spark.update(row, now.units ? now.gone : 0, entry.rule === "manual");
     setText(ratioText, now.ratio === null ? DASH : percent(now.ratio));
     setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}`);

@@ -228,6 +228,14 @@ class Lab:
         """
         self.use(replace(self.plan, repair=how))
 
+    def multiple(self, of: int) -> None:
+        """Round the widths that ratios and stds leave up to multiples, see :mod:`prunelab.widths`; 1 for any width.
+
+        Raises:
+            PruneLabError: it is no whole number from 1; the plan stays as it was.
+        """
+        self.use(replace(self.plan, multiple=of))
+
     def criterion(self, name: str) -> None:
         """Score channels by another criterion."""
         self.use(replace(self.plan, criterion=name))

@@ -130,7 +130,7 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
     setting = lab.plan.settings.get(layer.name, Setting())
     gone = np.zeros(0, np.int64)
     if setting.grain == "channel" and setting.rule != "none":
-        gone = removed(setting, score, layer)
+        gone = removed(setting, score, layer, lab.plan.multiple)
     maps = _seen(lab, layer)
     spatial = maps is not None and maps.dim() == 4
     parts: list[Any] = (
