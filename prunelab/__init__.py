@@ -16,6 +16,7 @@ from prunelab.commit import commit as commit
 from prunelab.criteria import register as register
 from prunelab.criteria.registry import criteria_names as criteria_names
 from prunelab.errors import PruneLabError as PruneLabError
+from prunelab.latency import Latency as Latency, latency as latency
 from prunelab.plan import Plan as Plan, Setting as Setting
 from prunelab.preview import Estimate as Estimate, Preview as Preview
 from prunelab.profile.capture import Profile as Profile, profile as profile
@@ -58,6 +59,7 @@ __all__ = [
         "DENSE",
         "Estimate",
         "Lab",
+        "Latency",
         "Plan",
         "Preview",
         "Profile",
@@ -76,6 +78,7 @@ __all__ = [
         "explore",
         "export",
         "finetune",
+        "latency",
         "load",
         "load_optimizer",
         "profile",
