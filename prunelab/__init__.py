@@ -17,6 +17,7 @@ from prunelab.criteria import register as register
 from prunelab.criteria.registry import criteria_names as criteria_names
 from prunelab.errors import PruneLabError as PruneLabError
 from prunelab.latency import Latency as Latency, latency as latency
+from prunelab.outcomes import Outcomes as Outcomes
 from prunelab.plan import Plan as Plan, Setting as Setting
 from prunelab.preview import Estimate as Estimate, Preview as Preview
 from prunelab.profile.capture import Profile as Profile, profile as profile
@@ -60,6 +61,7 @@ __all__ = [
         "Estimate",
         "Lab",
         "Latency",
+        "Outcomes",
         "Plan",
         "Preview",
         "Profile",

@@ -121,6 +121,7 @@ def latency(
     device: torch.device | str | None = None,
     precision: str | None = None,
     channels_last: bool = False,
+    against: Program | None = None,
     progress: Progress | bool = True,
 ) -> Latency:
     """Time the network that a selection commits beside the unpruned one, on this machine.
@@ -137,6 +138,7 @@ def latency(
         precision: type that weights and inputs are converted to: ``float32``, ``bfloat16``, ``float16`` or
             ``float64``; the network's own unless given.
         channels_last: lay the channels of images innermost, as convolutions on GPUs and newer processors like it.
+        against: the network that stands for the unpruned one, if it is not the program's own.
         progress: a bar, nothing, or a function as in :mod:`prunelab.progress`.
 
     Raises:
@@ -149,7 +151,7 @@ def latency(
         raise PruneLabError(f"Your forward takes batches of {fixed} images only: time it with batch={fixed}.")
     args = program.example if images is None else as_example(images)
     return compared(
-        cut(program, DENSE),
+        cut(program if against is None else against, DENSE),
         commit(program, selection),
         args,
         batches=batches,
@@ -184,10 +186,9 @@ def compared(
     tensors = [t for t in chain(before.parameters(), before.buffers()) if t.is_floating_point()]
     place = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
     kind = getattr(torch, precision) if precision is not None else None
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    models = [_ready(model, place, kind, layout) for model in (before, after)]
+    models = [_ready(model, place, kind, channels_last) for model in (before, after)]
     own = kind or (tensors[0].dtype if tensors else torch.float32)
-    inputs = {size: tree_map(partial(_input, args, size, place, kind, layout), args) for size in batches}
+    inputs = {size: tree_map(partial(_input, args, size, place, kind, channels_last), args) for size in batches}
     with random_kept():
         timings = _timings(models, inputs, int(repeats), place, progress)
     return Latency(timings, _name(place), torch.get_num_threads(), str(own).removeprefix("torch."), channels_last)
@@ -219,12 +220,13 @@ def _batches(given: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(n) for n in sizes))
 
 
-def _ready(model: nn.Module, device: torch.device, kind: torch.dtype | None, layout: torch.memory_format) -> nn.Module:
+def _ready(model: nn.Module, device: torch.device, kind: torch.dtype | None, channels_last: bool) -> nn.Module:
     for part in model.modules():
         # Not model.eval(): users override train(), for example to keep norms frozen.
         part.training = False
     try:
-        return model.to(device=device, dtype=kind, memory_format=layout)
+        model = model.to(device, kind)
+        return model.to(memory_format=torch.channels_last) if channels_last else model
     except (RuntimeError, AssertionError) as error:
         raise PruneLabError(f"The network cannot be moved to {device} so: {sentence(error)}") from error
 
@@ -234,7 +236,7 @@ def _input(
     size: int,
     device: torch.device,
     kind: torch.dtype | None,
-    layout: torch.memory_format,
+    channels_last: bool,
     leaf: Any,
 ) -> Any:
     """One argument with ``size`` images: what has as many as the first tensor is repeated or shortened."""
@@ -244,7 +246,7 @@ def _input(
     if leaf.dim() and len(leaf) == len(first):
         leaf = leaf[torch.arange(size) % len(leaf)]
     leaf = leaf.to(device, kind if leaf.is_floating_point() else None)
-    return leaf.contiguous(memory_format=layout) if layout == torch.channels_last and leaf.dim() == 4 else leaf
+    return leaf.contiguous(memory_format=torch.channels_last) if channels_last and leaf.dim() == 4 else leaf
 
 
 def _name(device: torch.device) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from threading import RLock
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from prunelab.program.incremental import Incremental, Prepared
 from prunelab.program.program import Program, cost
 from prunelab.program.run import bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
+from prunelab.progress import Progress
+
+if TYPE_CHECKING:
+    from prunelab.outcomes import Outcomes
 
 Z95 = 1.959963984540054
 BATCH = 256
@@ -251,6 +255,41 @@ class Preview:
             if half > 0 and estimate.half <= half:
                 return
 
+    def outcomes(
+        self,
+        selection: Selection = DENSE,
+        *,
+        n: int | None = None,
+        repaired: Mapping[str, Tensor] = MappingProxyType({}),
+        precision: Precision = "float32",
+        progress: Progress | bool = False,
+    ) -> Outcomes:
+        """What the unpruned and the pruned network take each image for, with the classes and images that changed.
+
+        Args: as :meth:`accuracy`, which counts the same predictions.
+
+        Raises:
+            PruneLabError: as :meth:`estimates`, or the network is no classifier.
+            Stopped: ``progress`` said so.
+        """
+        from prunelab.outcomes import outcomes_of  # it stands on this module
+
+        return outcomes_of(self, selection, n, repaired, precision, progress)
+
+    def predictions(
+        self, selection: Selection, n: int | None, repaired: Mapping[str, Tensor], precision: Precision
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
+        """Batch by batch: numbers of the images, outputs of the unpruned and the pruned network, and the arithmetic."""
+        total = len(self.labels) if n is None else min(n, len(self.labels))
+        with self._lock:
+            side = self._side(precision)
+            networks = [side.engine.prepare(DENSE, {}), side.engine.prepare(selection, repaired)]
+        for start in range(0, total, self._step):
+            stop = min(start + self._step, total)
+            with self._lock:
+                before, now = (self._outputs(side, network, start, stop) for network in networks)
+            yield self._order[start:stop], before, now, side.name
+
     def _estimate(self, now: Floats, before: Floats, precision: str, seconds: float) -> Estimate:
         if self._score is None:
             low, high = wilson(int(now.sum()), now.size)
@@ -321,13 +360,15 @@ class Preview:
             side.before[start, stop] = self._scores(side, side.engine.prepare(DENSE, {}), start, stop)
         return side.before[start, stop]
 
-    def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
-        chosen = self._order[start:stop]
-        inputs = (self.images[chosen].to(prepared.bound.device),)
+    def _outputs(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Tensor:
+        inputs = (self.images[self._order[start:stop]].to(prepared.bound.device),)
         # A newer request stops an older one: the first images are asked for most.
         share = 1 / (1 + start // self._step)
-        outputs = side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
-        labels = self.labels[chosen].to(outputs.device)
+        return side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
+
+    def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
+        outputs = self._outputs(side, prepared, start, stop)
+        labels = self.labels[self._order[start:stop]].to(outputs.device)
         if self._score is None:
             if outputs.dim() != 2 or len(outputs) != stop - start:
                 raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(outputs.shape)}.")

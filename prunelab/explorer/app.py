@@ -28,6 +28,7 @@ from prunelab.explorer.desk import (
     units_of,
 )
 from prunelab.explorer.lab import Lab
+from prunelab.explorer.tools import Tools
 from prunelab.explorer.worker import Worker
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
@@ -108,12 +109,14 @@ class Explorer(w.VBox):
         self._finetune = self._button("fine-tune", self._on_finetune, "Train a copy of the current network")
         self._stopper = self._button("stop", self._on_stop, "Stop; the best weights so far are kept")
         self._stopper.disabled = True
+        self._tools = Tools(self)
         self._path = w.Text("plan.json", description="file", layout=w.Layout(width="230px"))
         self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
         controls = w.VBox([
-            self._line(self._criterion, self._grain, self._ratio),
-            self._line(self._repair, self._measure, self._commit),
+            self._line(self._criterion, self._grain, self._ratio, self._tools.multiple),
+            self._line(self._repair, self._measure, self._tools.speed, self._tools.changed, self._commit),
             self._repaired,
+            self._tools.times,
             self._line(self._epochs, self._lr, self._distil, self._finetune, self._stopper),
             self._line(
                 self._path,
@@ -140,7 +143,7 @@ class Explorer(w.VBox):
                 flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain"
             )
         right = w.Box(
-            [self._scatter, self._details],
+            [self._scatter, self._details, *self._tools.pictures],
             layout=w.Layout(display="flex", flex_flow="row wrap", flex="1 1 320px", min_width="0"),
         )
         flow = w.Layout(display="flex", flex_flow="row wrap", width="100%", align_items="flex-start")
@@ -180,6 +183,7 @@ class Explorer(w.VBox):
     def _after_edit(self) -> None:
         self.desk.figures = {**figures_of(self.lab), "edits": self._seen}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
+        self._tools.show()
         if self._python.layout.display != "none":
             self._python.value = self.lab.plan.to_python()
         self.desk.estimate = {**self.desk.estimate, "state": "stale" if "n" in self.desk.estimate else "none"}
@@ -209,6 +213,8 @@ class Explorer(w.VBox):
             self._draw_details()
         if wanted():
             self._draw_scatter()
+        if wanted():
+            self._tools.draw(wanted)
 
     def _draw_details(self) -> None:
         # The row may have gone with a block meanwhile.
@@ -263,6 +269,7 @@ class Explorer(w.VBox):
             self._draw_details()
             if change["name"] == "dark" and wanted():
                 self._draw_scatter()
+                self._tools.draw(wanted)
             if self.desk.estimate.get("state") != "ready":
                 self._estimate(wanted)
 
@@ -288,9 +295,9 @@ class Explorer(w.VBox):
     def _change(self, action: Callable[[], None]) -> None:
         """A change of plan or network that did not start in the rows."""
         self._refuse_while_busy()
-        before = (self.lab.program, self.lab.plan.criterion)
+        before = (self.lab.program, self.lab.plan.criterion, self.lab.plan.multiple)
         action()
-        if (self.lab.program, self.lab.plan.criterion) == before:
+        if (self.lab.program, self.lab.plan.criterion, self.lab.plan.multiple) == before:
             self._show_plan()
         else:
             self._show_network()
@@ -342,6 +349,7 @@ class Explorer(w.VBox):
             self._grain,
             self._ratio,
             self._repair,
+            *self._tools.controls,
         ):
             widget.disabled = not on
         self._stopper.disabled = on
