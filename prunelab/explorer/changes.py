@@ -30,17 +30,16 @@ def class_changes(outcomes: Outcomes, dark: bool = False) -> Figure:
     change, half = 100 * table["change"], 100 * table["half"]
     ink = np.where(change < 0, c["mark"], c["kept"])
     axes.barh(range(len(table)), change, height=0.62, color=ink.tolist())
-    axes.errorbar(change, range(len(table)), xerr=half, fmt="none", ecolor=c["faint"], elinewidth=1, capsize=2)
+    axes.errorbar(change, range(len(table)), xerr=half, fmt="none", ecolor=c["ink"], elinewidth=0.8, capsize=2)
     axes.axvline(0, color=c["faint"], lw=0.8)
     axes.set_yticks(range(len(table)), [f"{name} ({n:,})" for name, n in zip(table["name"], table["n"], strict=True)])
     axes.set(
-        xlabel=f"change in accuracy (points), 95 % interval; n = {outcomes.n:,}, {outcomes.precision}",
-        title="what changed, by class (images)",
+        xlabel=f"points, 95 % interval (n = {outcomes.n:,}, {outcomes.precision})",
+        title="change in accuracy, by class (images)",
         ylim=(-0.7, max(len(table), 1) - 0.3),
     )
     _dress(axes, c)
     axes.tick_params(axis="y", labelcolor=c["ink"], length=0)
-    axes.xaxis.label.set_fontsize(8)
     return figure
 
 
@@ -49,7 +48,7 @@ def flipped_images(outcomes: Outcomes, image: Callable[[int], Tensor], dark: boo
 
     Args:
         image: gives an image for display, ``(height, width, channels)``, by its number.
-        most: how many images at most; what was gained gets a third of them, or what is free.
+        most: how many images at most; what was gained gets a quarter of them, or what is free.
     """
     c = colours(dark)
     table = outcomes.flipped()
@@ -87,8 +86,8 @@ def saying(text: str, dark: bool = False) -> Figure:
 
 
 def _shares(lost: int, gained: int, most: int) -> tuple[int, int]:
-    """How many of either kind to show: two thirds and one, and what one leaves free goes to the other."""
-    few = min(gained, max(most // 3, most - lost))
+    """How many of either kind to show: three quarters and one, and what one leaves free goes to the other."""
+    few = min(gained, max(most // 4, most - lost))
     return min(lost, most - few), few
 
 

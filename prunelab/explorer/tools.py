@@ -1,4 +1,4 @@
-"""The explorer's controls for width multiples, measured speed and what a plan changes: a line of it, and two pictures."""
+"""The explorer's controls for width multiples, measured speed and what a plan changes: one line and two pictures."""
 
 from __future__ import annotations
 
