@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,16 +16,17 @@ from prunelab.explorer.plots import _dress, _figure, colours
 from prunelab.outcomes import Outcomes
 
 _MOST_CLASSES = 20
-_COLUMNS = 6
+_COLUMNS = 5
 _INCHES = 4.2
 
 
 def class_changes(outcomes: Outcomes, dark: bool = False) -> Figure:
     """Change in accuracy of every class with its 95 % interval, the worst first; of many classes those most changed."""
     c = colours(dark)
-    table = outcomes.per_class()
-    table = table.loc[table["change"].abs().sort_values(ascending=False, kind="stable").index[:_MOST_CLASSES]]
+    every = outcomes.per_class()
+    table = every.loc[every["change"].abs().sort_values(ascending=False, kind="stable").index[:_MOST_CLASSES]]
     table = table.sort_values("change", ascending=False, kind="stable")
+    which = "by class" if len(table) == len(every) else f"the {len(table)} most changed of {len(every)} classes"
     figure = _figure(_INCHES, 1.1 + 0.19 * len(table))
     axes = figure.add_subplot()
     change, half = 100 * table["change"], 100 * table["half"]
@@ -35,15 +37,16 @@ def class_changes(outcomes: Outcomes, dark: bool = False) -> Figure:
     axes.set_yticks(range(len(table)), [f"{name} ({n:,})" for name, n in zip(table["name"], table["n"], strict=True)])
     axes.set(
         xlabel=f"points, 95 % interval (n = {outcomes.n:,}, {outcomes.precision})",
-        title="change in accuracy, by class (images)",
+        title=f"change in accuracy, {which} (images)",
         ylim=(-0.7, max(len(table), 1) - 0.3),
     )
     _dress(axes, c)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(axis="y", labelcolor=c["ink"], length=0)
     return figure
 
 
-def flipped_images(outcomes: Outcomes, image: Callable[[int], Tensor], dark: bool = False, most: int = 24) -> Figure:
+def flipped_images(outcomes: Outcomes, image: Callable[[int], Tensor], dark: bool = False, most: int = 20) -> Figure:
     """Images that only one of the two networks has right, with what they were and are taken for; what was lost first.
 
     Args:
@@ -65,8 +68,8 @@ def flipped_images(outcomes: Outcomes, image: Callable[[int], Tensor], dark: boo
     if not parts:
         return saying("No image is right in one network and wrong in the other.", dark)
     rows = [-(-len(part) // _COLUMNS) for part, *_ in parts]
-    figure = _figure(_INCHES, sum(0.3 + 0.95 * n for n in rows))
-    bands = np.ravel(np.asarray(figure.subfigures(len(parts), 1, height_ratios=[0.3 + 0.95 * n for n in rows])))
+    figure = _figure(_INCHES, sum(0.3 + 1.1 * n for n in rows))
+    bands = np.ravel(np.asarray(figure.subfigures(len(parts), 1, height_ratios=[0.3 + 1.1 * n for n in rows])))
     for band, count, (part, title, ink) in zip(bands, rows, parts, strict=True):
         band.patch.set_alpha(0.0)
         band.suptitle(title, fontsize=9, color=c["ink"])
@@ -102,4 +105,4 @@ def _short(name: str) -> str:
 
 def _show(axes: Any, pixels: NDArray[np.float32], words: str, ink: str) -> None:
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
-    axes.set_title(words, fontsize=6, color=ink, pad=2)
+    axes.set_title(words, fontsize=7, color=ink, pad=2)

@@ -7,17 +7,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
+from matplotlib.figure import Figure
 
 from prunelab.errors import PruneLabError
 from prunelab.explorer import changes
 from prunelab.explorer.plots import png
+from prunelab.latency import Latency
 from prunelab.progress import Stopped
 from prunelab.widths import MULTIPLES
 
 if TYPE_CHECKING:
     from prunelab.explorer.app import Explorer
 
-_PICTURE = {"flex": "1 1 300px", "min_width": "0", "max_width": "460px", "height": "auto", "object_fit": "contain"}
+_PICTURE = {
+    **{"flex": "1 1 300px", "min_width": "0", "max_width": "460px", "height": "auto"},
+    **{"object_fit": "contain", "object_position": "top"},
+}
 
 
 class Tools:
@@ -64,25 +69,32 @@ class Tools:
             self.multiple.options = sorted({*MULTIPLES, multiple})
         self.multiple.value = multiple
         found = self._lab.timed
-        self.times.value = html.escape(str(found)) if found is not None else ""
+        self.times.value = _lines(found) if found is not None else ""
         self.times.layout.display = None if found is not None else "none"
 
     def draw(self, wanted: Callable[[], bool]) -> None:
         """The pictures of what the plan changes, if they are asked for; given up when no longer wanted."""
         if not self.changed.value:
             return
-        dark = self._explorer.desk.dark
         try:
-            found = self._lab.outcomes(progress=lambda *_: wanted())
-            figures = [changes.class_changes(found, dark), changes.flipped_images(found, self._lab.image, dark)]
-        except PruneLabError as error:
-            figures = [changes.saying(str(error), dark)]
+            figures = self._figures(wanted, self._explorer.desk.dark)
         except Stopped:
             return
-        drawn = [png(figure) for figure in figures]
-        for picture, value in zip(self.pictures, [*drawn, b""], strict=False):
-            picture.value = value
-            picture.layout.display = None if value else "none"
+        for picture, figure in zip(self.pictures, [*figures, None], strict=False):
+            if figure is not None:
+                picture.value = png(figure)
+            picture.layout.display = "none" if figure is None else None
+
+    def _figures(self, wanted: Callable[[], bool], dark: bool) -> list[Figure]:
+        figures: list[Figure] = []
+        try:
+            found = self._lab.outcomes(progress=lambda *_: wanted())
+            figures.append(changes.class_changes(found, dark))
+            figures.append(changes.flipped_images(found, self._lab.image, dark))
+        except PruneLabError as error:
+            # No classifier, or no images: that is said where the picture would be.
+            figures.append(changes.saying(str(error), dark))
+        return figures
 
     def _on_multiple(self, change: dict[str, Any]) -> None:
         if change["new"] != self._lab.plan.multiple:
@@ -117,3 +129,9 @@ class Tools:
             return f"Times as fast as unpruned: {said}."
 
         explorer._job("measuring speed", work)
+
+
+def _lines(found: Latency) -> str:
+    """Times in HTML: a line for each batch size, and one for what they were taken on."""
+    lines = [*map(str, found.timings), f"on {found.where}"]
+    return f'<div style="line-height: 1.5; padding: 4px 0">{"<br>".join(map(html.escape, lines))}</div>'

@@ -176,6 +176,45 @@ def test_remove_a_block_and_a_layer(notebook_page: OpenNotebook) -> None:
     page.assert_no_errors()
 
 
+def test_multiples_speed_and_what_changed(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet())
+    found = desk(page)
+    multiples = page.page.locator(".prunelab .widget-dropdown", has_text="multiples").locator("select")
+    multiples.select_option("8")
+    kept = found.locator('[data-row="conv2"] .c-kept')
+    drag(page, slider(found, "conv2", "ratio"), 0.5)
+    # Drawn in the browser, before Python has answered: the next multiple of what the ratio keeps, and so Python says.
+    assert kept.locator(".pl-number").inner_text() in ("24/50", "32/50")
+    before, flops = kept.inner_text(), total(found, "flops")
+    measured(found)
+    assert (kept.inner_text(), total(found, "flops")) == (before, flops)
+    multiples.select_option("1")
+    expect(kept.locator(".pl-number")).not_to_have_text(before.split()[0])
+    multiples.select_option("32")
+    expect(kept.locator(".pl-number")).to_have_text("32/50")
+    measured(found)
+
+    pictures = page.page.locator(".prunelab img:visible")
+    expect(pictures).to_have_count(2)
+    button(page, "what changed").click()
+    expect(pictures).to_have_count(4)
+    was = pictures.last.get_attribute("src")
+    drag(page, slider(found, "fc1", "ratio"), 0.9)
+    measured(found)
+    expect(pictures.last).not_to_have_attribute("src", was or "")
+
+    button(page, "measure speed").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Times as fast as unpruned:")
+    sentence = page.page.locator(".prunelab .widget-html:visible", has_text="interleaved pairs")
+    expect(sentence).to_contain_text(re.compile(r"\d threads?, float32"))
+    drag(page, slider(found, "fc1", "ratio"), 0.3)
+    # Another plan was not timed.
+    expect(sentence).to_have_count(0)
+    button(page, "what changed").click()
+    expect(pictures).to_have_count(2)
+    page.assert_no_errors()
+
+
 def test_an_error_is_shown_and_changes_nothing(notebook_page: OpenNotebook) -> None:
     page = notebook_page([*lenet(), "explorer._path.value = 'missing.json'"])
     found = desk(page)
