@@ -19,6 +19,7 @@ from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
 from prunelab.program.cache import Cache
 from prunelab.program.guard import random_kept
 from prunelab.program.incremental import Incremental, Prepared
+from prunelab.program.liveness import working_bytes
 from prunelab.program.program import Program, cost
 from prunelab.program.run import bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
@@ -119,7 +120,8 @@ class Preview:
                 image.
             score: what to measure instead of accuracy.
             memory: where values are kept for the next selection; 1 GiB of its own unless given. Several previews
-                may share one.
+                may share one. Its budget holds for what is kept and what is under way, with at least eight images at
+                once; sliced copies of the weights and some 10 MiB for kernels come on top.
 
         Raises:
             PruneLabError: shapes that do not fit each other or the network.
@@ -137,7 +139,7 @@ class Preview:
         self.labels = labels
         self.memory = Cache() if memory is None else memory
         self._score = score
-        self._step = _step(program)
+        self._step = _step(program, self.memory.budget)
         # Sets are often sorted by class: only a random sample speaks for all of it.
         self._order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         self._lock = RLock()
@@ -277,7 +279,7 @@ class Preview:
 
     def _departure(self) -> str:
         """Why the network does not bear bfloat16; empty where it does."""
-        inputs = inputs_of(self.program, self.images[: self.program.batch or 32])
+        inputs = inputs_of(self.program, self.images[: self.program.batch or min(32, self._step)])
         if not all(x.dtype == torch.float32 for x in inputs):
             return "its images are not float32"
         engine, exact = Incremental(self.program, Cache(0), fast=torch.bfloat16), bind(self.program)
@@ -323,12 +325,12 @@ class _Side:
     before: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
 
-def _step(program: Program) -> int:
-    """Images per batch: few enough that a first answer comes early and a stop is quick."""
-    affordable = _STEP_MACS // max(cost(program.base).macs, 1)
-    if program.batch is not None or affordable >= BATCH:
+def _step(program: Program, budget: int) -> int:
+    """Images per batch: few enough that a first answer comes early, a stop is quick, and half the budget is left."""
+    if program.batch is not None:
         return BATCH
-    return int(max(8, 2 ** int(np.log2(max(affordable, 1)))))
+    affordable = min(_STEP_MACS // max(cost(program.base).macs, 1), budget // 2 // max(working_bytes(program.base), 1))
+    return BATCH if affordable >= BATCH else int(max(8, 2 ** int(np.log2(max(affordable, 1)))))
 
 
 def _versions(program: Program) -> tuple[int, ...]:
