@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunelab.errors import PruneLabError
-from prunelab.preview import Precision, Preview, paired_half_width
+from prunelab.intervals import paired_half_width
+from prunelab.preview import Precision, Preview
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress, track
@@ -31,7 +32,7 @@ class Outcomes:
         images: which of the preview's images, shape ``(n,)``; all that follow have the same shape and order.
         labels: their classes.
         before: classes that the unpruned network predicts; ``after`` the pruned one.
-        total: images there are.
+        totals: images that there are of each class.
         precision: of the arithmetic of both.
         changed: whether the selection removes anything; else no change is certain.
         names: of the classes, or empty.
@@ -41,7 +42,7 @@ class Outcomes:
     labels: Ints
     before: Ints
     after: Ints
-    total: int
+    totals: Mapping[int, int]
     precision: str
     changed: bool = True
     names: tuple[str, ...] = ()
@@ -70,8 +71,8 @@ class Outcomes:
     def per_class(self) -> pd.DataFrame:
         """A row per class that has images: their number, accuracy before and after, change, and its interval.
 
-        ``half`` is the half width of the 95 % interval of the change, from the paired outcomes of the class's images.
-        Of many classes some changes lie outside theirs by chance: one in twenty where nothing has changed.
+        ``half`` is the half width of the 95 % interval of the change on all images of the class, from the paired
+        outcomes on those seen; 0 once all are. Of twenty classes about one change lies outside its interval by chance.
         """
         import pandas as pd
 
@@ -87,7 +88,7 @@ class Outcomes:
                     "before": float(before.mean()),
                     "after": float(after.mean()),
                     "change": float(after.mean() - before.mean()),
-                    "half": paired_half_width(after, before) if self.changed else 0.0,
+                    "half": paired_half_width(after, before, self.totals[label]) if self.changed else 0.0,
                 }
             )
         return pd.DataFrame(rows)
@@ -107,7 +108,7 @@ class Outcomes:
         lost, gained = int(self.lost.sum()), int(self.gained.sum())
         return (
             f"{lost:,} images are wrong now that were right, {gained:,} right that were wrong: "
-            f"{before:.2%} → {after:.2%} (n = {self.n:,} of {self.total:,}, {self.precision})"
+            f"{before:.2%} → {after:.2%} (n = {self.n:,} of {sum(self.totals.values()):,}, {self.precision})"
         )
 
 
@@ -137,7 +138,7 @@ def outcomes_of(
         labels=labels[images].cpu().long().numpy(),
         before=before.numpy(),
         after=after.numpy(),
-        total=len(labels),
+        totals=dict(zip(*(found.tolist() for found in labels.unique(return_counts=True)), strict=True)),
         precision=precisions[0],
         changed=removes_anything(preview.program, selection),
     )

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import prunelab as pl
 from prunelab import zoo
 from prunelab.datasets import class_names, displayed
+from prunelab.intervals import paired_half_width
 from prunelab.outcomes import Outcomes
-from prunelab.preview import paired_half_width
 from prunelab.repair import repair
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
@@ -40,7 +40,7 @@ def test_predictions_are_the_committed_networks(program: pl.Program, preview: pl
             torch.cat([m(x) for x in TEST.images[:700].split(256)]).argmax(1) for m in (small, program.model)
         )
     assert sorted(found.images.tolist()) == list(range(700))
-    assert (found.n, found.total, found.precision, found.changed) == (700, 700, "float32", True)
+    assert (found.n, sum(found.totals.values()), found.precision, found.changed) == (700, 700, "float32", True)
     assert np.array_equal(found.labels, TEST.labels[:700].numpy()[found.images])
     assert np.array_equal(found.before, before.numpy()[found.images])
     assert np.array_equal(found.after, now.numpy()[found.images])
@@ -54,7 +54,7 @@ def test_they_add_up_to_the_accuracy(program: pl.Program, preview: pl.Preview, n
         found, estimate = preview.outcomes(selection, n=n), preview.accuracy(selection, n=n)
         right_before, right_now = found.before == found.labels, found.after == found.labels
         assert (right_now.mean(), right_before.mean()) == (estimate.accuracy, estimate.base)
-        assert paired_half_width(right_now, right_before) == estimate.half
+        assert paired_half_width(right_now, right_before, 700) == estimate.half
         assert found.n == estimate.n
 
 
@@ -69,18 +69,21 @@ def test_a_repair_and_a_precision_are_those_of_the_accuracy(program: pl.Program,
 
 
 def test_per_class(program: pl.Program, preview: pl.Preview) -> None:
-    found = preview.outcomes(half_of_everything(program))
+    found = preview.outcomes(half_of_everything(program), n=400)
     table = found.per_class()
     assert table["class"].tolist() == list(range(10))
-    assert table["n"].sum() == 700
-    estimate = preview.accuracy(half_of_everything(program))
+    assert table["n"].sum() == 400
+    estimate = preview.accuracy(half_of_everything(program), n=400)
     for column, value in (("before", estimate.base), ("after", estimate.accuracy), ("change", estimate.change)):
-        assert (table[column] * table["n"]).sum() / 700 == pytest.approx(value, abs=1e-12)
+        assert (table[column] * table["n"]).sum() / 400 == pytest.approx(value, abs=1e-12)
     for row in table.itertuples():
         of_class = found.labels == row[1]
         right = [(each == found.labels)[of_class] for each in (found.after, found.before)]
-        assert row.half == paired_half_width(*right) > 0
-        assert row.n == of_class.sum()
+        there_are = int((TEST.labels[:700] == row[1]).sum())
+        assert row.half == paired_half_width(*right, there_are) > 0
+        assert row.n == of_class.sum() < there_are
+    # All images of the set are seen: what has changed on it is no longer uncertain.
+    assert (preview.outcomes(half_of_everything(program)).per_class()["half"] == 0).all()
 
 
 def test_flipped_images(program: pl.Program, preview: pl.Preview) -> None:
@@ -114,7 +117,7 @@ def test_by_hand() -> None:
         labels=ints(0, 0, 2, 2, 2),
         before=ints(0, 0, 2, 0, 1),
         after=ints(1, 0, 0, 2, 0),
-        total=20,
+        totals={0: 2, 2: 18},
         precision="float32",
         names=("cat", "dog"),
     )
@@ -126,10 +129,9 @@ def test_by_hand() -> None:
     table = found.per_class()
     assert table["name"].tolist() == ["cat", "2"]
     assert table["change"].tolist() == [-0.5, 0.0]
-    # Agresti and Min: one half in each of four cells; one lost, and one each way.
-    assert table["half"].tolist() == pytest.approx(
-        [1.959963984540054 * np.sqrt(2 - 1 / 4) / 4, 1.959963984540054 * np.sqrt(3) / 5], rel=1e-12
-    )
+    # Both images of class 0 are seen, and 3 of the 18 of class 2: one flip each way, and one more each way added.
+    half = 1.959963984540054 * np.sqrt(4) / 3 * np.sqrt(15 / 17) + 0.5 / 18
+    assert table["half"].tolist() == pytest.approx([0.0, half], rel=1e-12)
     assert str(found) == (
         "2 images are wrong now that were right, 1 right that were wrong: 60.00% → 40.00% (n = 5 of 20, float32)"
     )

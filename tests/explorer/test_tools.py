@@ -228,7 +228,9 @@ def some(lost: int, gained: int) -> Outcomes:
     wrong = np.arange(lost + gained) % 3 + 1
     before = np.where(np.arange(lost + gained) < lost, 0, wrong)
     after = np.where(np.arange(lost + gained) < lost, wrong, 0)
-    return Outcomes(np.arange(lost + gained), labels, before, after, 500, "float32", names=("cat", "dog", "hen", "cow"))
+    return Outcomes(
+        np.arange(lost + gained), labels, before, after, {0: 500}, "float32", names=("cat", "dog", "hen", "cow")
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,9 @@ def test_of_many_classes_the_most_changed_are_shown() -> None:
     labels = np.repeat(np.arange(100), 2)
     after = labels.copy()
     after[[10, 50, 51]] += 1
-    found = texts(class_changes(Outcomes(np.arange(200), labels, labels, after, 200, "float32")))
+    found = texts(
+        class_changes(Outcomes(np.arange(200), labels, labels, after, dict.fromkeys(range(100), 2), "float32"))
+    )
     assert {"5 (2)", "25 (2)"} <= set(found)
     assert len({text for text in found if text.endswith(" (2)")}) == 20
     assert "change in accuracy, the 20 most changed of 100 classes (images)" in found
