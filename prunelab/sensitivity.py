@@ -77,6 +77,7 @@ class Sensitivity:
         pinned: why a layer cannot be cut, by name.
         base: accuracy with nothing cut, on the same ``n`` images.
         precision: of the arithmetic.
+        measure: ``accuracy``, or the name of a score of your own.
         points: in the order in which they were measured.
     """
 
@@ -89,6 +90,7 @@ class Sensitivity:
     base: float
     n: int
     precision: str
+    measure: str = "accuracy"
     points: tuple[Measured, ...] = ()
 
     def __post_init__(self) -> None:
@@ -126,7 +128,7 @@ class Sensitivity:
         return pd.DataFrame(rows, columns=[*(f.name for f in fields(Measured)), *same, "pinned"])
 
     def figure(self, dark: bool = False) -> Figure:
-        """A table of all layers and ratios, each cell coloured by the accuracy that is left; pinned layers hatched."""
+        """A table of all layers and ratios, each cell coloured by the accuracy that is lost; pinned layers hatched."""
         from prunelab.heatmap import heatmap
 
         return heatmap(self, dark)
@@ -233,6 +235,7 @@ def sensitivity(
         base=base.accuracy,
         n=base.n,
         precision=base.precision,
+        measure="accuracy" if score is None else getattr(score, "__name__", "score"),
     )
     sample = None if repair == "none" else repair_images
     file = scan_file(

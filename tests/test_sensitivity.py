@@ -160,6 +160,9 @@ def test_a_network_that_is_no_classifier_is_scanned_by_a_score(tmp_path: Path) -
             wanted = closeness(pl.commit(program, cut)(clean), clean).double().mean()
         assert point.accuracy == pytest.approx(float(wanted), rel=1e-5)
     assert not list(tmp_path.iterdir())
+    (axes,) = scan.figure().axes
+    assert axes.get_title().startswith("closeness with one layer cut")
+    assert f"{scan.points[0].accuracy:.3g}" in {text.get_text() for text in axes.texts}
 
 
 # Stopping and going on ---------------------------------------------

@@ -18,6 +18,7 @@ from prunelab.commit import commit
 from prunelab.criteria.registry import Scores, get, scores
 from prunelab.errors import PruneLabError
 from prunelab.explorer.keeping import read_lab, write_lab
+from prunelab.explorer.scanning import Scanned, scan
 from prunelab.explorer.stage import Point, Stage
 from prunelab.plan import Plan, Setting, in_force
 from prunelab.preview import Estimate, Precision, Preview, labelled
@@ -31,6 +32,7 @@ from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.saving import export
+from prunelab.sensitivity import Sensitivity
 from prunelab.train.finetune import Epoch, finetune
 
 if TYPE_CHECKING:
@@ -98,6 +100,8 @@ class Lab:
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
         self._repairer: Repairer | None = None
         self._repaired = Repaired()
+        # The last sensitivity scan, of whichever network was current then.
+        self.scanned: Scanned | None = None
 
     # What is there now ---------------------------------------------
 
@@ -332,6 +336,15 @@ class Lab:
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Accuracy of the plan on all of ``val``, exactly that of the network that it commits."""
         return self._measured(None, on_update, "float32")
+
+    def sensitivity(self, **settings: Any) -> Sensitivity:
+        """Every free layer alone, ratio after ratio, by the plan's criterion and repair; kept in ``scanned``.
+
+        Args: as :func:`prunelab.sensitivity`.
+        """
+        if settings.get("repair", self.plan.repair) != "none":
+            settings.setdefault("repair_images", labelled(_in_order(self.train), REPAIR_IMAGES)[0])
+        return scan(self, **settings)
 
     def _measured(
         self, n: int | None, on_update: Callable[[Estimate], bool | None] | None, precision: Precision
