@@ -54,6 +54,15 @@ function makeCurve() {
   return { node, update };
 }
 
+/** For those who cannot see the curve: its measured point that is nearest to the cut. */
+function aloneWords(curves, row, gone) {
+  const measured = gone > 0 && curves.layers?.[row.name];
+  if (!measured) return "";
+  const far = ([share]) => Math.abs(share - gone / row.channels);
+  const near = measured.reduce((best, point) => (far(point) < far(best) ? point : best));
+  return `; alone, accuracy ${plain(100 * near[1], 1)} % with ${percent(near[0])} removed${curves.stale ? ", stale" : ""}`;
+}
+
 /** The numbers of a curve, a line each. */
 function curveWords({ base, n, precision, stale }, measured) {
   const one = ([share, accuracy, change, half]) =>

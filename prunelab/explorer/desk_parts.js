@@ -229,9 +229,10 @@ function makeRow(first) {
     const [none, result] = [entry.rule === "none" ? "none" : DASH, `keeps ${left} of ${row.channels}`];
     common.update(row, left, noteOf(entry, now), largest);
     spark.update(row, now.units ? now.gone : 0, entry.rule === "manual");
-    setAttribute(lane, "title", curve.update(now.units ? curves : {}, row, now.gone) || null);
+    const shown = now.units ? curves : {};
+    setAttribute(lane, "title", curve.update(shown, row, now.gone) || null);
     setText(ratioText, now.ratio === null ? DASH : percent(now.ratio));
-    setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}`);
+    setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}${aloneWords(shown, row, now.gone)}`);
     setText(stdText, now.std === null ? none : `${plain(now.std, 2)}${NNBSP}σ`);
     setSlider(std, Math.max(STD_RANGE.min, Math.min(-(now.std ?? 3), STD_RANGE.max)),
       now.std === null ? "none" : `${plain(now.std, 2)} standard deviations below the mean, ${result}`);
