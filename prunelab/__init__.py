@@ -29,6 +29,7 @@ from prunelab.program.program import (
 )
 from prunelab.program.selection import DENSE as DENSE, Selection as Selection
 from prunelab.progress import Stopped as Stopped
+from prunelab.sensitivity import Sensitivity as Sensitivity, sensitivity as sensitivity
 from prunelab.train.finetune import finetune as finetune
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ __all__ = [
         "Program",
         "PruneLabError",
         "Selection",
+        "Sensitivity",
         "Setting",
     ),
     *(
@@ -86,7 +88,7 @@ __all__ = [
         "profile",
         "register",
     ),
-    *("save", "sliced_masks", "trace", "zoo"),
+    *("save", "sensitivity", "sliced_masks", "trace", "zoo"),
 ]
 
 

@@ -12,8 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prunelab.explorer.plots import _dress, _figure, colours
+from prunelab.explorer.plots import _dress, _figure
 from prunelab.outcomes import Outcomes
+from prunelab.palette import colours
 
 _MOST_CLASSES = 20
 _COLUMNS = 5

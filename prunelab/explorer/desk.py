@@ -25,8 +25,10 @@ _HERE = Path(__file__).parent
 class Desk(anywidget.AnyWidget):
     """Rows, sliders and totals. Every trait is plain JSON; Python has the last word."""
 
-    # anywidget takes one module: three files, read in this order, are it.
-    _esm = "\n".join((_HERE / name).read_text() for name in ("desk_base.js", "desk_parts.js", "desk.js"))
+    # anywidget takes one module: these files, read in this order, are it.
+    _esm = "\n".join(
+        (_HERE / name).read_text() for name in ("desk_base.js", "desk_curves.js", "desk_parts.js", "desk.js")
+    )
     _css = _HERE / "desk.css"
 
     header: Any = traitlets.Dict().tag(sync=True)
@@ -54,6 +56,8 @@ class Desk(anywidget.AnyWidget):
     """Quick accuracy and its state: none, stale, running, ready."""
     status: Any = traitlets.Dict({"text": "", "error": "", "busy": False, "progress": None}).tag(sync=True)
     """What is going on, and what went wrong."""
+    curves: Any = traitlets.Dict().tag(sync=True)
+    """The sensitivity scan: a curve per layer, their one scale, and in what it differs from the plan (stale)."""
     can: Any = traitlets.Dict({"undo": False, "redo": False}).tag(sync=True)
     """Which of undo and redo are possible."""
     selected = traitlets.Unicode("").tag(sync=True)

@@ -19,6 +19,7 @@ from prunelab.criteria.registry import Scores, get, scores
 from prunelab.datasets import class_names, displayed
 from prunelab.errors import PruneLabError
 from prunelab.explorer.keeping import read_lab, write_lab
+from prunelab.explorer.scanning import Scanned, scan
 from prunelab.explorer.stage import Point, Stage
 from prunelab.explorer.timed import columns, from_plain, to_plain
 from prunelab.latency import Latency, latency
@@ -35,6 +36,7 @@ from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.saving import export
+from prunelab.sensitivity import Sensitivity
 from prunelab.train.finetune import Epoch, finetune
 
 if TYPE_CHECKING:
@@ -103,6 +105,8 @@ class Lab:
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
         self._repairer: Repairer | None = None
         self._repaired = Repaired()
+        # The last sensitivity scan, of whichever network was current then.
+        self.scanned: Scanned | None = None
 
     # What is there now ---------------------------------------------
 
@@ -395,6 +399,15 @@ class Lab:
             index: as in :attr:`Outcomes.images`.
         """
         return displayed(self._images[index], self.val)
+
+    def sensitivity(self, **settings: Any) -> Sensitivity:
+        """Every free layer alone, ratio after ratio, by the plan's criterion and repair; kept in ``scanned``.
+
+        Args: as :func:`prunelab.sensitivity`.
+        """
+        if settings.get("repair", self.plan.repair) != "none":
+            settings.setdefault("repair_images", labelled(_in_order(self.train), REPAIR_IMAGES)[0])
+        return scan(self, **settings)
 
     def _measured(
         self, n: int | None, on_update: Callable[[Estimate], bool | None] | None, precision: Precision

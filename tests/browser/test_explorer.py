@@ -215,6 +215,46 @@ def test_multiples_speed_and_what_changed(notebook_page: OpenNotebook) -> None:
     page.assert_no_errors()
 
 
+def test_a_scan_draws_a_curve_behind_every_slider(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet())
+    found = desk(page)
+    curves = found.locator(".pl-curve[aria-label]:not([visibility])")
+    expect(curves).to_have_count(0)
+    pictures = page.page.locator(".prunelab img:visible")
+    before = pictures.count()
+
+    button(page, "scan layers").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Scanned 3 layers by apoz at 9 ratios, 500 images each.")
+    measured(found)
+    expect(curves).to_have_count(3)
+    expect(found.locator('[data-row="fc2"] .pl-curve')).to_have_count(0)
+    expect(pictures).to_have_count(before + 1)
+    lane = found.locator('[data-row="conv2"] .pl-lane')
+    words = lane.get_attribute("title") or ""
+    assert "n = 500" in words
+    assert len(re.findall(r"% removed: \d", words)) == 9
+    removed = lane.locator(".pl-curve-area.pl-area-removed")
+    assert removed.get_attribute("d") == ""
+    drag(page, slider(found, "conv2", "ratio"), 0.5)
+    # Drawn in the browser: the half that is gone turns grey.
+    assert removed.get_attribute("d") != ""
+    assert "; alone, accuracy" in (slider(found, "conv2", "ratio").get_attribute("aria-valuetext") or "")
+    measured(found)
+
+    page.page.locator(".prunelab select").first.select_option("l1")
+    expect(found.locator("thead th.c-ratio")).to_have_text("ratio, stale scan")
+    expect(lane).to_have_attribute("title", re.compile("Stale: measured by apoz"))
+    found.locator('[data-do="undo"]').click()
+    expect(found.locator("thead th.c-ratio")).to_have_text("ratio, accuracy")
+    button(page, "commit").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Committed")
+    measured(found)
+    expect(curves).to_have_count(0)
+    expect(found.locator("thead th.c-ratio")).to_have_text("ratio")
+    expect(pictures).to_have_count(before)
+    page.assert_no_errors()
+
+
 def test_an_error_is_shown_and_changes_nothing(notebook_page: OpenNotebook) -> None:
     page = notebook_page([*lenet(), "explorer._path.value = 'missing.json'"])
     found = desk(page)
