@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunelab as pl
 from prunelab import zoo
+from prunelab.program.cache import Cache
 from prunelab.repair import Repairer
 
 RATIOS = (0.2, 0.5, 0.8)
@@ -50,16 +53,17 @@ class Stop:
 
 def test_every_point_is_what_the_preview_measures_on_its_own(deep: pl.Program) -> None:
     scan = pl.sensitivity(
-        deep, IMAGES, LABELS, ratios=(0.3, 0.7), n=300, precision="float32", progress=False, cache=False
+        deep, IMAGES, LABELS, ratios=(0.3, 0.7), n=100, precision="float32", progress=False, cache=False
     )
     frame = scan.frame()
     free = [layer.name for layer in deep.layers if not layer.pinned]
     assert scan.complete
     measured = frame[frame["pinned"] == ""]
     assert list(measured["layer"]) == [name for name in free for _ in range(2)]
+    forgetful = pl.Preview(deep, IMAGES, LABELS, memory=Cache(0))
     for _, point in measured.iterrows():
         cut = alone(deep, point)
-        found = pl.Preview(deep, IMAGES, LABELS).accuracy(cut, n=300)
+        found = forgetful.accuracy(cut, n=100)
         for name in ("accuracy", "low", "high", "change", "half", "n", "precision"):
             assert point[name] == getattr(found, name)
         size = pl.cost(deep, cut)
@@ -69,7 +73,34 @@ def test_every_point_is_what_the_preview_measures_on_its_own(deep: pl.Program) -
     assert measured["accuracy"].nunique() > 10
 
 
-def test_a_small_memory_changes_no_number_and_holds(deep: pl.Program) -> None:
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name == "aten::convolution"
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_lies_before_a_layer_is_run_once_for_all_its_ratios(deep: pl.Program) -> None:
+    with Convolutions() as counted:
+        pl.sensitivity(deep, IMAGES, LABELS, ratios=RATIOS, n=20, precision="float32", progress=False, cache=False)
+    every = [node.index for node in deep.nodes if node.opname == "conv2d"]
+    first = {layer.name: min(_reader(deep, state) for state, _ in layer.producers) for layer in deep.layers}
+    behind = sum(at >= first[layer.name] for layer in deep.layers if not layer.pinned for at in every)
+    # The network uncut, then of every cut what lies behind its first convolution; where that is within a residual
+    # block, from the start of the block.
+    least = len(every) + len(RATIOS) * behind
+    assert least <= counted.count <= least + len(RATIOS) * (len(deep.layers) - 1)
+
+
+def _reader(program: pl.Program, state: str) -> int:
+    index = program.state_nodes[state]
+    return next(node.index for node in program.nodes if index in node.inputs)
+
+
+def test_a_small_memory_changes_no_number(deep: pl.Program) -> None:
     settings = {"ratios": (0.5,), "n": 100, "precision": "float32", "progress": False, "cache": False}
     ample = pl.sensitivity(deep, IMAGES, LABELS, **settings)
     assert pl.sensitivity(deep, IMAGES, LABELS, memory=2**20, **settings) == ample
