@@ -189,7 +189,8 @@ class Explorer(w.VBox):
         self._after_edit()
 
     def _after_edit(self) -> None:
-        self.desk.figures = {**figures_of(self.lab), "edits": self._seen}
+        # With the revision, so that rows which were sent again are answered again, by equal figures too.
+        self.desk.figures = {**figures_of(self.lab), "edits": self._seen, "revision": self.desk.revision}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
         self._tools.show()
         if self._python.layout.display != "none":

@@ -207,6 +207,8 @@ def test_multiples_speed_and_what_changed(notebook_page: OpenNotebook) -> None:
     expect(found.locator(".pl-status-text")).to_contain_text("Times as fast as unpruned:")
     sentence = page.page.locator(".prunelab .widget-html:visible", has_text="interleaved pairs")
     expect(sentence).to_contain_text(re.compile(r"\d threads?, float32"))
+    measured(found)
+    expect(found.locator(".pl-stale")).to_have_count(0)
     drag(page, slider(found, "fc1", "ratio"), 0.3)
     # Another plan was not timed.
     expect(sentence).to_have_count(0)

@@ -74,6 +74,20 @@ def test_the_rows_know_the_multiple(explorer: Explorer) -> None:
     assert explorer._worker.drain(60)
 
 
+def test_rows_that_are_sent_again_are_answered_by_figures(explorer: Explorer) -> None:
+    explorer.lab.set("fc1", ratio=0.3)
+    explorer._show_plan()
+    answers: list[dict[str, int]] = []
+    explorer.desk.observe(lambda change: answers.append(change["new"]), "figures")
+    # A browser that rounded by rows it had from before is put right; the cost stays what it was.
+    layers = explorer.desk.layers
+    explorer.desk.layers = {**layers, "fc1": {**layers["fc1"], "kept": 7}}
+    explorer._show_plan()
+    assert explorer.desk.layers == layers
+    assert [answer["params"] for answer in answers] == [explorer.lab.cost().params]
+    assert explorer._worker.drain(60)
+
+
 # Speed ---------------------------------------------
 
 
