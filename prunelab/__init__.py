@@ -16,6 +16,8 @@ from prunelab.commit import commit as commit
 from prunelab.criteria import register as register
 from prunelab.criteria.registry import criteria_names as criteria_names
 from prunelab.errors import PruneLabError as PruneLabError
+from prunelab.latency import Latency as Latency, latency as latency
+from prunelab.outcomes import Outcomes as Outcomes
 from prunelab.plan import Plan as Plan, Setting as Setting
 from prunelab.preview import Estimate as Estimate, Preview as Preview
 from prunelab.profile.capture import Profile as Profile, profile as profile
@@ -27,6 +29,7 @@ from prunelab.program.program import (
 )
 from prunelab.program.selection import DENSE as DENSE, Selection as Selection
 from prunelab.progress import Stopped as Stopped
+from prunelab.sensitivity import Sensitivity as Sensitivity, sensitivity as sensitivity
 from prunelab.train.finetune import finetune as finetune
 
 if TYPE_CHECKING:
@@ -58,12 +61,15 @@ __all__ = [
         "DENSE",
         "Estimate",
         "Lab",
+        "Latency",
+        "Outcomes",
         "Plan",
         "Preview",
         "Profile",
         "Program",
         "PruneLabError",
         "Selection",
+        "Sensitivity",
         "Setting",
     ),
     *(
@@ -76,12 +82,13 @@ __all__ = [
         "explore",
         "export",
         "finetune",
+        "latency",
         "load",
         "load_optimizer",
         "profile",
         "register",
     ),
-    *("save", "sliced_masks", "trace", "zoo"),
+    *("save", "sensitivity", "sliced_masks", "trace", "zoo"),
 ]
 
 

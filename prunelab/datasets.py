@@ -89,8 +89,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def pixels(self, index: int) -> Tensor:
         """The raw image ``index``, for display: float32 ``(height, width, channels)`` in 0..1."""
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
-        return (self.images[index] * std + mean).clamp(0, 1).permute(1, 2, 0)
+        return displayed(self.images[index], self)
 
     def subset(self, n: int, seed: int = 0, stratified: bool = True) -> ImageSet:
         """Choose ``n`` images by ``seed``; if ``stratified``, classes keep their shares to within one image.
@@ -113,6 +112,39 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def class_names(data: Any) -> tuple[str, ...]:
+    """The names of a set's classes, also of one under a loader or subset; none where it has no names."""
+    under = data
+    while not hasattr(under, "classes") and hasattr(under, "dataset"):
+        under = under.dataset
+    return tuple(str(name) for name in getattr(under, "classes", ()))
+
+
+def displayed(image: Tensor, data: Any = None) -> Tensor:
+    """An image for display, float32 ``(height, width, channels)`` in 0..1.
+
+    Args:
+        image: shape ``(channels, height, width)``.
+        data: the set that it comes from, which may say how it was normalised; else its least and largest value become
+            0 and 1.
+
+    Raises:
+        PruneLabError: it has another shape, or neither 1 nor 3 channels.
+    """
+    if image.dim() != 3 or image.shape[0] not in (1, 3):
+        raise PruneLabError(f"Inputs of shape {tuple(image.shape)} cannot be shown as images.")
+    under = data
+    while under is not None and not isinstance(under, ImageSet):
+        under = getattr(under, "dataset", None)
+    if under is not None:
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (under.mean, under.std))
+        raw = image * std + mean
+    else:
+        low, high = image.aminmax()
+        raw = (image - low) / (high - low).clamp_min(1e-12)
+    return raw.float().clamp(0, 1).permute(1, 2, 0)
 
 
 def _spread(order: Tensor, labels: Tensor) -> Tensor:

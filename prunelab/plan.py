@@ -22,6 +22,7 @@ from prunelab.profile.capture import Profile
 from prunelab.program.channels import Layer
 from prunelab.program.program import Program
 from prunelab.program.selection import Selection
+from prunelab.widths import rounded, step_of
 
 REPAIRS: Mapping[str, str] = MappingProxyType(
     {
@@ -115,6 +116,8 @@ class Plan:
         network: digest of the network it was made for ("" for any that has these layers).
         repair: how the surviving weights are corrected, one of :data:`REPAIRS`.
         bypassed: names of the layers and blocks that are removed whole, sorted; see ``program.units``.
+        multiple: widths that a ratio or std leaves are rounded up to a multiple of this, see :mod:`prunelab.widths`;
+            channels removed by hand and single weights are as they were set.
     """
 
     criterion: str = "l1"
@@ -123,6 +126,7 @@ class Plan:
     network: str = ""
     repair: str = "none"
     bypassed: tuple[str, ...] = ()
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         get(self.criterion)
@@ -130,12 +134,15 @@ class Plan:
             raise unknown("repair", str(self.repair), REPAIRS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or self.seed < 0:
             raise PruneLabError(f"The seed of a plan must be a whole number from 0, not {self.seed!r}.")
+        if isinstance(self.multiple, bool) or not isinstance(self.multiple, Integral) or self.multiple < 1:
+            raise PruneLabError(f"The multiple of a plan must be a whole number from 1, not {self.multiple!r}.")
         if not isinstance(self.bypassed, list | tuple) or not all(isinstance(unit, str) for unit in self.bypassed):
             raise PruneLabError(f"A plan's bypassed units must be a list of their names, not {self.bypassed!r}.")
         checked = {str(name): setting.checked(name) for name, setting in self.settings.items()}
         # A setting that says nothing is no setting: a plan that was cleared equals one that was never set.
         settings = {name: setting for name, setting in checked.items() if setting != Setting()}
         object.__setattr__(self, "seed", int(self.seed))
+        object.__setattr__(self, "multiple", int(self.multiple))
         object.__setattr__(self, "settings", MappingProxyType(settings))
         object.__setattr__(self, "bypassed", tuple(sorted(set(self.bypassed))))
 
@@ -202,6 +209,7 @@ class Plan:
                 "network": self.network,
                 "repair": self.repair,
                 "bypassed": self.bypassed,
+                "multiple": self.multiple,
                 "settings": settings,
             },
             indent=1,
@@ -231,6 +239,7 @@ class Plan:
         head += [f"seed={self.seed}"] if self.seed else []
         head += [f"network={self.network!r}"] if self.network else []
         head += [f"repair={self.repair!r}"] if self.repair != "none" else []
+        head += [f"multiple={self.multiple}"] if self.multiple != 1 else []
         lines = [f"pl.Plan({', '.join(head)})", *(f"    .bypass({unit!r})" for unit in self.bypassed)]
         for name, s in self.settings.items():
             given = {
@@ -293,7 +302,8 @@ class Plan:
             if setting.grain == "weight":
                 masks.update(_weight_masks(program, layer, setting))
                 continue
-            gone = removed(setting, np.zeros(0) if setting.rule == "manual" else score(layer), layer)
+            ranked = np.zeros(0) if setting.rule == "manual" else score(layer)
+            gone = removed(setting, ranked, layer, self.multiple)
             if gone.size:
                 kept[layer.name] = tuple(sorted(set(range(layer.channels)) - set(gone.tolist())))
         return Selection(kept, masks, program.bypassed)
@@ -339,16 +349,17 @@ def _named_values(call: ast.Call) -> dict[str, Any]:
     return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
-def removed(setting: Setting, score: Scores, layer: Layer) -> NDArray[np.int64]:
+def removed(setting: Setting, score: Scores, layer: Layer, multiple: int = 1) -> NDArray[np.int64]:
     """Channels that a setting removes from a layer, ascending.
 
     Args:
         score: shape ``(channels,)``, higher = keep.
+        multiple: of the plan; what a hand has chosen is not rounded.
     """
     if setting.ratio is not None:
-        return by_ratio(score, setting.ratio)
+        return rounded(by_ratio(score, setting.ratio), score, step_of(layer, multiple))
     if setting.std is not None:
-        return by_std(score, setting.std)
+        return rounded(by_std(score, setting.std), score, step_of(layer, multiple))
     wanted = np.array(setting.remove or (), np.int64)
     if wanted.size and (wanted.min() < 0 or wanted.max() >= layer.channels):
         wrong = next(c for c in wanted.tolist() if not 0 <= c < layer.channels)

@@ -7,23 +7,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from threading import RLock
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prunelab.errors import PruneLabError, unknown
+from prunelab.intervals import Floats, half_width, paired_half_width, wilson
 from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
 from prunelab.program.cache import Cache
 from prunelab.program.guard import random_kept
 from prunelab.program.incremental import Incremental, Prepared
+from prunelab.program.liveness import working_bytes
 from prunelab.program.program import Program, cost
 from prunelab.program.run import bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
+from prunelab.progress import Progress
 
-Z95 = 1.959963984540054
+if TYPE_CHECKING:
+    from prunelab.outcomes import Outcomes
+
 BATCH = 256
 # Some 60 ms of two cores: a ResNet-56 on 256 images of 32 × 32.
 _STEP_MACS = 33_000_000_000
@@ -31,7 +35,6 @@ _STEP_MACS = 33_000_000_000
 _BEARABLE = 0.05
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Floats = NDArray[np.float64]
 Score = Callable[[Tensor, Tensor], Tensor]
 """Takes outputs and labels of a batch and gives one number per image, shape ``(images,)``."""
 
@@ -44,7 +47,10 @@ class Estimate:
         accuracy: share of images classified right, 0 to 1; ``low`` and ``high`` bound it (95 %, Wilson).
         base: the unpruned network's, on the same images.
         change: ``accuracy − base``.
-        half: half width of the 95 % interval of the change, from the paired outcomes.
+        half: half width of the 95 % interval of the change on all ``total`` images, from the paired outcomes on those
+            seen; 0 once all are seen. It holds at any one ``n``, and where it ends the run itself (``half=``). Nobody
+            should wait for the one among many estimates that suits them: all of 8 hold together in 80 % of cases, all
+            of 40 in 57 %.
         n: images seen; ``total``: images there are.
         precision: of the arithmetic.
         seconds: how long it took.
@@ -66,32 +72,6 @@ class Estimate:
             f"{self.accuracy:.2%} ({self.change * 100:+.2f} ± {self.half * 100:.2f} points, "
             f"n = {self.n:,} of {self.total:,}, {self.precision})"
         )
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): holds its coverage for small n and near 0 and 1."""
-    share, z2 = right / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * float(np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # At share 0 and 1 the bound is exactly the share; rounding must not move it past.
-    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
-
-
-def paired_half_width(now: NDArray[np.bool_], before: NDArray[np.bool_]) -> float:
-    """Half width of the 95 % interval of a change in accuracy on the same images.
-
-    Agresti & Min (2005): one half is added to each cell of the 2 × 2 table, so that no change seen is not
-    taken as certainty.
-    """
-    n = now.size + 2
-    gained, lost = int((now & ~before).sum()), int((~now & before).sum())
-    variance = (gained + lost + 1) - (gained - lost) ** 2 / n
-    return Z95 * float(np.sqrt(variance)) / n
-
-
-def half_width(scores: Floats) -> float:
-    """Half width of the 95 % interval of the mean of scores, shape ``(images,)``: normal, from their spread."""
-    return Z95 * float(scores.std(ddof=1) / np.sqrt(scores.size)) if scores.size > 1 else float("inf")
 
 
 def labelled(data: Any, n: int | None = None) -> tuple[Tensor, Tensor]:
@@ -144,7 +124,8 @@ class Preview:
                 image.
             score: what to measure instead of accuracy.
             memory: where values are kept for the next selection; 1 GiB of its own unless given. Several previews
-                may share one.
+                may share one. Its budget holds for what is kept and what is under way, with at least eight images at
+                once; sliced copies of the weights and some 10 MiB for kernels come on top.
 
         Raises:
             PruneLabError: shapes that do not fit each other or the network.
@@ -162,7 +143,7 @@ class Preview:
         self.labels = labels
         self.memory = Cache() if memory is None else memory
         self._score = score
-        self._step = _step(program)
+        self._step = _step(program, self.memory.budget)
         # Sets are often sorted by class: only a random sample speaks for all of it.
         self._order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         self._lock = RLock()
@@ -251,12 +232,47 @@ class Preview:
             if half > 0 and estimate.half <= half:
                 return
 
+    def outcomes(
+        self,
+        selection: Selection = DENSE,
+        *,
+        n: int | None = None,
+        repaired: Mapping[str, Tensor] = MappingProxyType({}),
+        precision: Precision = "float32",
+        progress: Progress | bool = False,
+    ) -> Outcomes:
+        """What the unpruned and the pruned network take each image for, with the classes and images that changed.
+
+        Args: as :meth:`accuracy`, which counts the same predictions.
+
+        Raises:
+            PruneLabError: as :meth:`estimates`, or the network is no classifier.
+            Stopped: ``progress`` said so.
+        """
+        from prunelab.outcomes import outcomes_of  # it stands on this module
+
+        return outcomes_of(self, selection, n, repaired, precision, progress)
+
+    def predictions(
+        self, selection: Selection, n: int | None, repaired: Mapping[str, Tensor], precision: Precision
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
+        """Batch by batch: numbers of the images, outputs of the unpruned and the pruned network, and the arithmetic."""
+        total = len(self.labels) if n is None else min(n, len(self.labels))
+        with self._lock:
+            side = self._side(precision)
+            networks = [side.engine.prepare(DENSE, {}), side.engine.prepare(selection, repaired)]
+        for start in range(0, total, self._step):
+            stop = min(start + self._step, total)
+            with self._lock:
+                before, now = (self._outputs(side, network, start, stop) for network in networks)
+            yield self._order[start:stop], before, now, side.name
+
     def _estimate(self, now: Floats, before: Floats, precision: str, seconds: float) -> Estimate:
         if self._score is None:
             low, high = wilson(int(now.sum()), now.size)
-            half = paired_half_width(now > 0.5, before > 0.5)
+            half = paired_half_width(now > 0.5, before > 0.5, len(self.labels))
         else:
-            own, half = half_width(now), half_width(now - before)
+            own, half = half_width(now), half_width(now - before, len(self.labels))
             low, high = float(now.mean()) - own, float(now.mean()) + own
         return Estimate(
             accuracy=float(now.mean()),
@@ -302,7 +318,7 @@ class Preview:
 
     def _departure(self) -> str:
         """Why the network does not bear bfloat16; empty where it does."""
-        inputs = inputs_of(self.program, self.images[: self.program.batch or 32])
+        inputs = inputs_of(self.program, self.images[: self.program.batch or min(32, self._step)])
         if not all(x.dtype == torch.float32 for x in inputs):
             return "its images are not float32"
         engine, exact = Incremental(self.program, Cache(0), fast=torch.bfloat16), bind(self.program)
@@ -321,13 +337,15 @@ class Preview:
             side.before[start, stop] = self._scores(side, side.engine.prepare(DENSE, {}), start, stop)
         return side.before[start, stop]
 
-    def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
-        chosen = self._order[start:stop]
-        inputs = (self.images[chosen].to(prepared.bound.device),)
+    def _outputs(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Tensor:
+        inputs = (self.images[self._order[start:stop]].to(prepared.bound.device),)
         # A newer request stops an older one: the first images are asked for most.
         share = 1 / (1 + start // self._step)
-        outputs = side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
-        labels = self.labels[chosen].to(outputs.device)
+        return side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
+
+    def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
+        outputs = self._outputs(side, prepared, start, stop)
+        labels = self.labels[self._order[start:stop]].to(outputs.device)
         if self._score is None:
             if outputs.dim() != 2 or len(outputs) != stop - start:
                 raise PruneLabError(f"Accuracy needs outputs of shape (images, classes), not {tuple(outputs.shape)}.")
@@ -348,12 +366,12 @@ class _Side:
     before: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
 
-def _step(program: Program) -> int:
-    """Images per batch: few enough that a first answer comes early and a stop is quick."""
-    affordable = _STEP_MACS // max(cost(program.base).macs, 1)
-    if program.batch is not None or affordable >= BATCH:
+def _step(program: Program, budget: int) -> int:
+    """Images per batch: few enough that a first answer comes early, a stop is quick, and half the budget is left."""
+    if program.batch is not None:
         return BATCH
-    return int(max(8, 2 ** int(np.log2(max(affordable, 1)))))
+    affordable = min(_STEP_MACS // max(cost(program.base).macs, 1), budget // 2 // max(working_bytes(program.base), 1))
+    return BATCH if affordable >= BATCH else int(max(8, 2 ** int(np.log2(max(affordable, 1)))))
 
 
 def _versions(program: Program) -> tuple[int, ...]:

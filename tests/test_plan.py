@@ -43,6 +43,7 @@ plans = st.builds(
     network=names,
     repair=st.sampled_from(tuple(REPAIRS)),
     bypassed=st.lists(names, max_size=3),
+    multiple=st.integers(1, 64),
 )
 
 
@@ -67,7 +68,8 @@ def test_nothing_changes_in_place() -> None:
 @given(plans, plans)
 def test_equal_plans_have_equal_hashes_and_equal_text(a: pl.Plan, b: pl.Plan) -> None:
     assert (a == b) == (a.to_json() == b.to_json())
-    again = pl.Plan(a.criterion, dict(reversed(a.settings.items())), a.seed, a.network, a.repair, a.bypassed[::-1])
+    settings = dict(reversed(a.settings.items()))
+    again = pl.Plan(a.criterion, settings, a.seed, a.network, a.repair, a.bypassed[::-1], a.multiple)
     assert again == a
     assert hash(again) == hash(a)
     assert len({a, again}) == 1
@@ -226,6 +228,9 @@ def test_impossible_settings_are_refused_wherever_they_come_from(setting: str, m
         ({"repair": "least"}, "no repair 'least'; the nearest names are 'least-squares'"),
         ({"seed": -1}, "seed of a plan must be a whole number"),
         ({"seed": 0.5}, "seed of a plan must be a whole number"),
+        ({"multiple": 0}, "multiple of a plan must be a whole number from 1"),
+        ({"multiple": 8.0}, "multiple of a plan must be a whole number from 1"),
+        ({"multiple": True}, "multiple of a plan must be a whole number from 1"),
     ],
 )
 def test_impossible_plans_are_refused(given_: dict[str, Any], message: str) -> None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from numpy.typing import NDArray
 from support import Network, half_of_everything, relative
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -23,10 +19,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import prunelab as pl
 from prunelab import zoo
 from prunelab.explorer.worker import Worker
-from prunelab.preview import Estimate, has_bfloat16, labelled, paired_half_width, wilson
+from prunelab.intervals import half_width, paired_half_width
+from prunelab.preview import Estimate, has_bfloat16, labelled
 from prunelab.program.cache import Cache
-
-Z = 1.959963984540054
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,10 @@ def test_accuracy_is_the_committed_modules(program: pl.Program, data: tuple[Tens
     assert found.accuracy == now.mean()
     assert found.base == base.mean()
     assert found.change == pytest.approx(now.mean() - base.mean(), abs=1e-15)
-    assert found.half == paired_half_width(now, base)
+    assert found.half == 0
+    first = preview.accuracy(selection, n=300)
+    seen = preview._order[:300].numpy()
+    assert first.half == paired_half_width(now[seen], base[seen], 1000)
     assert (found.n, found.total, found.precision) == (1000, 1000, "float32")
     assert relative(preview.logits(selection), logits) < 1e-5
     assert relative(preview.logits(selection, images[:10]), logits[:10]) < 1e-5
@@ -127,105 +125,6 @@ def test_an_estimate_says_what_it_is(program: pl.Program, data: tuple[Tensor, Te
     assert "n = 512 of 1,000, float32" in text
     assert "±" in text
     assert "%" in text
-
-
-# Intervals ---------------------------------------------
-
-
-@given(st.integers(1, 20_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_solves_its_equation(counts: tuple[int, int]) -> None:
-    right, n = counts
-    low, high = wilson(right, n)
-    share = right / n
-    assert 0 <= low <= share <= high <= 1
-    for bound in (low, high):
-        if 0 < bound < 1 and bound != share:
-            # The bound is the true share at which what was seen lies exactly z standard errors away.
-            assert abs(share - bound) == pytest.approx(Z * math.sqrt(bound * (1 - bound) / n), rel=1e-6, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "expected"),
-    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
-)
-def test_wilson_as_published(right: int, n: int, expected: tuple[float, float]) -> None:
-    """Newcombe 1998, 'Two-sided confidence intervals for the single proportion', table I, method 3."""
-    assert wilson(right, n) == pytest.approx(expected, abs=5e-5)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=300))
-def test_paired_half_width(outcomes: list[tuple[bool, bool]]) -> None:
-    now, before = (np.array(column) for column in zip(*outcomes, strict=True))
-    both = sum(a and b for a, b in outcomes) + 0.5
-    gained = sum(a and not b for a, b in outcomes) + 0.5
-    lost = sum(b and not a for a, b in outcomes) + 0.5
-    neither = sum(not a and not b for a, b in outcomes) + 0.5
-    n = both + gained + lost + neither
-    p, q = gained / n, lost / n
-    expected = Z * math.sqrt((p + q - (p - q) ** 2) / n)
-    assert paired_half_width(now, before) == pytest.approx(expected, rel=1e-12)
-
-
-def test_paired_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    random = np.random.default_rng(0)
-    held = 0
-    for _ in range(2000):
-        before = random.random(300) < 0.9
-        now = np.where(random.random(300) < 0.05, random.random(300) < 0.5, before)
-        truth = 0.05 * (0.5 - 0.9)
-        held += abs(now.mean() - before.mean() - truth) <= paired_half_width(now, before)
-    assert 0.93 < held / 2000 < 0.98
-
-
-Draw = Callable[[np.random.Generator, int], tuple[NDArray[np.float64], NDArray[np.float64]]]
-
-
-def covered(preview: pl.Preview, draw: Draw, half: float) -> float:
-    """How often the interval of the change holds that on the full set, when a random order of it is gone through.
-
-    Args:
-        draw: scores of the pruned network on a full set, and of the unpruned one.
-        half: where to stop; 0 for the first 1,024 of 10,000 images.
-    """
-    random, held, runs = np.random.default_rng(0), 0, 600
-    for _ in range(runs):
-        now, before = draw(random, 10_000)
-        order = random.permutation(10_000)
-        for n in (256, 512, 768, 1024):
-            found = preview._estimate(now[order[:n]], before[order[:n]], "float32", 0.0)
-            if found.half <= half:
-                break
-        held += abs(found.change - (now.mean() - before.mean())) <= found.half
-    return held / runs
-
-
-def preview_of_nothing(score: Any = None) -> pl.Preview:
-    """A preview of which only the arithmetic of estimates is used."""
-    program = pl.trace(nn.Linear(2, 2), torch.randn(2, 2))
-    return pl.Preview(program, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), score=score)
-
-
-@pytest.mark.parametrize("half", [0.0, 0.02, 0.012])
-@pytest.mark.parametrize(("lost", "gained"), [(0.03, 0.01), (0.3, 0.02), (0.004, 0.002)])
-def test_intervals_hold_the_full_sets_change_also_when_they_end_the_run(
-    half: float, lost: float, gained: float
-) -> None:
-    def draw(random: np.random.Generator, n: int) -> tuple[Any, Any]:
-        before = random.random(n) < 0.9
-        return np.where(before, random.random(n) > lost, random.random(n) < gained * 9) * 1.0, before * 1.0
-
-    assert 0.93 < covered(preview_of_nothing(), draw, half) <= 1
-
-
-def test_intervals_of_a_score_hold_the_full_sets_change() -> None:
-    preview = preview_of_nothing(score=lambda outputs, labels: outputs[:, 0])
-
-    def draw(random: np.random.Generator, n: int) -> tuple[Any, Any]:
-        before = random.gamma(2.0, 1.0, n)
-        return before * 0.9 + random.normal(0, 0.3, n), before
-
-    for half in (0.0, 0.03):
-        assert 0.925 < covered(preview, draw, half) < 0.975
 
 
 # Precision, memory and scores ---------------------------------------------
@@ -306,7 +205,9 @@ def test_a_score_of_the_users(program: pl.Program, data: tuple[Tensor, Tensor]) 
     now, before = (loss(preview.logits(chosen), labels).double().numpy() for chosen in (selection, pl.DENSE))
     assert found.accuracy == pytest.approx(now.mean(), rel=1e-5)
     assert found.change == pytest.approx(now.mean() - before.mean(), rel=1e-4)
-    assert found.half == pytest.approx(Z * (now - before).std(ddof=1) / math.sqrt(1000), rel=1e-4)
+    part = pl.Preview(program, images, labels, score=loss).accuracy(selection, n=300)
+    seen = preview._order[:300].numpy()
+    assert part.half == pytest.approx(half_width((now - before)[seen], 1000), rel=1e-4)
     with pytest.raises(pl.PruneLabError, match="one number per image"):
         pl.Preview(program, images, labels, score=lambda outputs, labels: outputs.mean()).accuracy()
 

@@ -28,6 +28,8 @@ from prunelab.explorer.desk import (
     units_of,
 )
 from prunelab.explorer.lab import Lab
+from prunelab.explorer.scan_view import ScanView
+from prunelab.explorer.tools import Tools
 from prunelab.explorer.worker import Worker
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
@@ -73,6 +75,7 @@ class Explorer(w.VBox):
         self._seen = 0
         self._held: list[dict[str, Any]] = []
         self.desk = Desk()
+        self._scans = ScanView(lab, self.desk)
         self._scatter, self._details = w.Image(format="png"), w.Image(format="png")
         self._build()
         super().__init__([self._columns], layout=w.Layout(width="100%"))
@@ -100,20 +103,27 @@ class Explorer(w.VBox):
         self._measure = self._button(
             "measure on all", self._on_measure, "Accuracy of this plan on the whole validation set"
         )
+        self._scan = self._button(
+            "scan layers", self._on_scan, "Accuracy with each layer cut alone: a curve behind every ratio slider"
+        )
         self._commit = self._button("commit", self._on_commit, "Make the plan real: a new, smaller network", "primary")
         self._epochs = w.BoundedIntText(3, min=1, max=1000, description="epochs", layout=w.Layout(width="150px"))
         self._lr = w.FloatText(0.01, description="lr", step=0.001, layout=w.Layout(width="160px"))
         self._distil = w.Checkbox(False, description="learn from the unpruned network", indent=False,
                                   layout=w.Layout(width="auto", margin="0 8px"))  # fmt: skip
         self._finetune = self._button("fine-tune", self._on_finetune, "Train a copy of the current network")
-        self._stopper = self._button("stop", self._on_stop, "Stop; the best weights so far are kept")
+        self._stopper = self._button("stop", self._on_stop, "Stop; what is done so far is kept")
         self._stopper.disabled = True
+        self._tools = Tools(self)
         self._path = w.Text("plan.json", description="file", layout=w.Layout(width="230px"))
         self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
         controls = w.VBox([
-            self._line(self._criterion, self._grain, self._ratio),
-            self._line(self._repair, self._measure, self._commit),
+            self._line(self._criterion, self._grain, self._ratio, self._tools.multiple),
+            self._line(
+                self._repair, self._measure, self._scan, self._tools.speed, self._tools.changed, self._commit
+            ),
             self._repaired,
+            self._tools.times,
             self._line(self._epochs, self._lr, self._distil, self._finetune, self._stopper),
             self._line(
                 self._path,
@@ -135,12 +145,12 @@ class Explorer(w.VBox):
         # The desk is measured by container queries, so its content gives it no width: it comes from outside.
         self.desk.layout = w.Layout(width="100%")
         left = w.VBox([self.desk, controls], layout=w.Layout(flex="3 1 640px", min_width="0", margin="0 8px 8px 0"))
-        for picture in (self._scatter, self._details):
+        for picture in (self._scatter, self._details, self._scans.picture):
             picture.layout = w.Layout(
                 flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain"
             )
         right = w.Box(
-            [self._scatter, self._details],
+            [self._scatter, self._details, self._scans.picture, *self._tools.pictures],
             layout=w.Layout(display="flex", flex_flow="row wrap", flex="1 1 320px", min_width="0"),
         )
         flow = w.Layout(display="flex", flex_flow="row wrap", width="100%", align_items="flex-start")
@@ -172,14 +182,17 @@ class Explorer(w.VBox):
     def _show_plan(self) -> None:
         """The plan as Python knows it, and a new estimate on its way."""
         self.desk.layers = layers_of(self.lab)
+        self._scans.show()
         self.desk.revision += 1
         self._criterion.value = self.lab.plan.criterion
         self._repair.value = self.lab.plan.repair
         self._after_edit()
 
     def _after_edit(self) -> None:
-        self.desk.figures = {**figures_of(self.lab), "edits": self._seen}
+        # With the revision, so that rows which were sent again are answered again, by equal figures too.
+        self.desk.figures = {**figures_of(self.lab), "edits": self._seen, "revision": self.desk.revision}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
+        self._tools.show()
         if self._python.layout.display != "none":
             self._python.value = self.lab.plan.to_python()
         self.desk.estimate = {**self.desk.estimate, "state": "stale" if "n" in self.desk.estimate else "none"}
@@ -209,6 +222,8 @@ class Explorer(w.VBox):
             self._draw_details()
         if wanted():
             self._draw_scatter()
+        if wanted():
+            self._tools.draw(wanted)
 
     def _draw_details(self) -> None:
         # The row may have gone with a block meanwhile.
@@ -263,6 +278,8 @@ class Explorer(w.VBox):
             self._draw_details()
             if change["name"] == "dark" and wanted():
                 self._draw_scatter()
+                self._scans.draw()
+                self._tools.draw(wanted)
             if self.desk.estimate.get("state") != "ready":
                 self._estimate(wanted)
 
@@ -288,9 +305,9 @@ class Explorer(w.VBox):
     def _change(self, action: Callable[[], None]) -> None:
         """A change of plan or network that did not start in the rows."""
         self._refuse_while_busy()
-        before = (self.lab.program, self.lab.plan.criterion)
+        before = (self.lab.program, self.lab.plan.criterion, self.lab.plan.multiple)
         action()
-        if (self.lab.program, self.lab.plan.criterion) == before:
+        if (self.lab.program, self.lab.plan.criterion, self.lab.plan.multiple) == before:
             self._show_plan()
         else:
             self._show_network()
@@ -338,10 +355,12 @@ class Explorer(w.VBox):
             self._commit,
             self._finetune,
             self._measure,
+            self._scan,
             self._criterion,
             self._grain,
             self._ratio,
             self._repair,
+            *self._tools.controls,
         ):
             widget.disabled = not on
         self._stopper.disabled = on
@@ -355,6 +374,13 @@ class Explorer(w.VBox):
             return f"This plan scores {self.lab.measure(on_update=update)}."
 
         self._job("measuring on the whole validation set", work)
+
+    def _on_scan(self) -> None:
+        def progress(done: int, total: int | None, what: str) -> bool:
+            self._say("scanning layers", done / (total or done), busy=True)
+            return not self._stop.is_set()
+
+        self._job("scanning layers", lambda: self._scans.run(progress))
 
     def _on_commit(self) -> None:
         def work() -> str:
@@ -386,7 +412,7 @@ class Explorer(w.VBox):
 
     def _on_stop(self) -> None:
         self._stop.set()
-        self._say("stopping; the best weights so far are kept", busy=True)
+        self._say("stopping; what is done so far is kept", busy=True)
 
     # Files ---------------------------------------------
 

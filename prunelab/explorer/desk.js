@@ -55,7 +55,7 @@ function makeTable() {
     const held = ({ dataset }) => dataset.layer === focus.layer && dataset.field === focus.field;
     [...table.querySelectorAll("[data-field]")].find(held)?.focus({ preventScroll: true });
   };
-  const update = (rows, units, entryOf, grains, selected) => {
+  const update = (rows, units, entryOf, grains, selected, curves) => {
     const all = inOrder(rows, units);
     const now = JSON.stringify(all.map((row) => [keyOf(row), Boolean(row.pinned), row.stage, row.unit, row.removed]));
     if (now !== shape) build(all); // otherwise every node stays, and with it focus and a drag under way
@@ -63,12 +63,14 @@ function makeTable() {
     const largest = rows.reduce((most, row) => Math.max(most, row.params_share, row.flops_share), 0);
     for (const row of rows) {
       const [view, entry] = [views.get(row.name), entryOf(row)];
-      const same = view.row === row && view.entry === entry && view.grains === grains;
-      if (!same) view.update(row, entry, { grains, largest });
-      Object.assign(view, { row, entry, grains });
+      const same = view.row === row && view.entry === entry && view.grains === grains && view.curves === curves;
+      if (!same) view.update(row, entry, { grains, largest, curves });
+      Object.assign(view, { row, entry, grains, curves });
       setAttribute(view.node, "aria-current", row.name === selected ? "true" : null);
     }
     for (const unit of units) views.get(keyOf(unit)).update(unit, largest);
+    const ratio = COLUMNS.findIndex(([name]) => name === "ratio");
+    setCurveHead(heads[ratio], COLUMNS[ratio], curves);
     for (const stage of stages) stage.update(stage.members.map((name) => views.get(name).row), entryOf);
   };
   return { node, update };
@@ -125,7 +127,7 @@ function render({ model, el }) {
     const [rows, units, status, estimate] = [get("rows", []), get("units", []), get("status", {}), get("estimate", {})];
     const anySet = units.some((unit) => unit.removed) || rows.some((row) => !row.pinned && !entryOf(row).locked && entryOf(row).rule !== "none");
     header.update(get("header", {}), get("can", {}), anySet);
-    table.update(rows, units, entryOf, get("grains", []), get("selected", ""));
+    table.update(rows, units, entryOf, get("grains", []), get("selected", ""), get("curves", {}));
     drawCosts(rows);
     totals.measured(estimate, estimate.state !== "ready" || !isFresh("estimate"));
     foot.update(status);
@@ -231,7 +233,7 @@ function render({ model, el }) {
   };
   const traits = { layers: onLayers, revision: onLayers, figures: answered("figures"), estimate: answered("estimate"),
     edits: () => Object.assign(fresh, { figures: false, estimate: false }) };
-  for (const name of ["header", "rows", "units", "grains", "terms", "status", "can", "selected"]) traits[name] = paint;
+  for (const name of ["header", "rows", "units", "grains", "terms", "status", "can", "selected", "curves"]) traits[name] = paint;
   const events = { input: onInput, change: onRelease, pointerdown: onPress, click: onClick, focusin: onFocus,
     dblclick: onClear, keydown: onKey };
   const ups = ["pointerup", "pointercancel"]; // a drag may end anywhere in the page

@@ -17,6 +17,7 @@ from prunelab.program.channels import Layer
 from prunelab.program.cost import Term
 from prunelab.program.program import Program
 from prunelab.program.units import Unit
+from prunelab.widths import step_of
 
 _HERE = Path(__file__).parent
 
@@ -24,14 +25,17 @@ _HERE = Path(__file__).parent
 class Desk(anywidget.AnyWidget):
     """Rows, sliders and totals. Every trait is plain JSON; Python has the last word."""
 
-    # anywidget takes one module: three files, read in this order, are it.
-    _esm = "\n".join((_HERE / name).read_text() for name in ("desk_base.js", "desk_parts.js", "desk.js"))
+    # anywidget takes one module: these files, read in this order, are it.
+    _esm = "\n".join(
+        (_HERE / name).read_text() for name in ("desk_base.js", "desk_curves.js", "desk_parts.js", "desk.js")
+    )
     _css = _HERE / "desk.css"
 
     header: Any = traitlets.Dict().tag(sync=True)
     """Title and note above the rows."""
     rows: Any = traitlets.List().tag(sync=True)
-    """One dict per layer: name, kind, channels, members, pinned, scores, mean, std, shares, stage."""
+    """One dict per layer: name, kind, channels, step (units kept are a multiple of it), members, pinned, scores, mean,
+    std, shares, stage."""
     units: Any = traitlets.List().tag(sync=True)
     """Blocks that can be removed whole, and blocks and layers that are: name, kind, removed, at (how many rows come
     before), stage, shares. A layer that can be removed has its unit's name in its row."""
@@ -52,6 +56,8 @@ class Desk(anywidget.AnyWidget):
     """Quick accuracy and its state: none, stale, running, ready."""
     status: Any = traitlets.Dict({"text": "", "error": "", "busy": False, "progress": None}).tag(sync=True)
     """What is going on, and what went wrong."""
+    curves: Any = traitlets.Dict().tag(sync=True)
+    """The sensitivity scan: a curve per layer, their one scale, and in what it differs from the plan (stale)."""
     can: Any = traitlets.Dict({"undo": False, "redo": False}).tag(sync=True)
     """Which of undo and redo are possible."""
     selected = traitlets.Unicode("").tag(sync=True)
@@ -86,6 +92,7 @@ def _row(lab: Lab, layer: Layer, params: float, flops: float, units: set[str]) -
         "name": layer.name,
         "kind": layer.kind,
         "channels": layer.channels,
+        "step": step_of(layer, lab.plan.multiple),
         "members": len(layer.producers),
         "pinned": layer.pinned,
         "scores": np.sort(score).tolist(),

@@ -29,7 +29,13 @@ export function removedUnits(row, { rule, value }) {
     const limit = row.mean - value * row.std;
     count = row.scores.filter((score) => score < limit).length;
   }
-  return Math.max(0, Math.min(count, row.channels - 1));
+  return inSteps(row, Math.max(0, Math.min(count, row.channels - 1)));
+}
+
+/** Of the units that a rule removes, as many as leave a whole number of the row's steps. */
+function inSteps(row, removed) {
+  const kept = Math.ceil((row.channels - removed) / row.step) * row.step;
+  return Math.max(0, row.channels - kept);
 }
 
 /** Units kept; where the browser cannot know (a hand-picked set) the count Python gave. */

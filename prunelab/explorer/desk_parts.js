@@ -193,13 +193,16 @@ function amounts(row, entry) {
   return { units, gone, ratio, std };
 }
 
-function noteOf(entry, { units, gone, ratio }) {
+function noteOf(row, entry, { units, gone, ratio }) {
   if (entry.grain === "weight") return ratio > 0 ? `${percent(ratio)} zero` : "";
-  return entry.rule === "manual" ? "by hand" : units && gone ? `−${gone}` : "";
+  if (entry.rule === "manual") return "by hand";
+  // A rule that rounding left without effect says so.
+  if (!gone) return units && entry.rule !== "none" && row.step > 1 ? `in ${row.step}s` : "";
+  return units ? `−${gone}` : "";
 }
 
 function makeRow(first) {
-  const [common, spark] = [commonCells(first), makeSparkline()];
+  const [common, spark, curve] = [commonCells(first), makeSparkline(), makeCurve()];
   const ratio = slider(first, "ratio", { min: 0, value: 0 });
   const std = slider(first, "std", { ...STD_RANGE, value: STD_RANGE.min });
   const grain = slider(first, "grain", { min: 0, step: 1, value: 0 });
@@ -207,7 +210,8 @@ function makeRow(first) {
   const names = { "data-layer": first.name, "data-field": "lock", "aria-label": `lock ${first.name}` };
   const lock = button("pl-lock", names, icon("unlock"));
   const remove = first.unit ? [makeRemover(first.unit, false)] : [];
-  const cells = [cell("scores", spark.node), cell("ratio", ratio, ratioText), cell("std", std, stdText),
+  const lane = span("pl-lane", curve.node, ratio);
+  const cells = [cell("scores", spark.node), cell("ratio", lane, ratioText), cell("std", std, stdText),
     cell("grain", grain, word), cell("lock", lock, ...remove)];
   const node = h("tr", { class: "pl-row", "data-row": first.name }, common.title, common.kept, ...cells, common.share);
 
@@ -221,15 +225,17 @@ function makeRow(first) {
     ratio.disabled = entry.locked || row.channels < 2;
     std.disabled = ratio.disabled || !row.scores.length;
   };
-  const update = (row, entry, { grains, largest }) => {
+  const update = (row, entry, { grains, largest, curves }) => {
     setLimits(row, entry, grains);
     const now = amounts(row, entry);
     const left = row.channels - now.gone;
     const [none, result] = [entry.rule === "none" ? "none" : DASH, `keeps ${left} of ${row.channels}`];
-    common.update(row, left, noteOf(entry, now), largest);
+    common.update(row, left, noteOf(row, entry, now), largest);
     spark.update(row, now.units ? now.gone : 0, entry.rule === "manual");
+    const shown = now.units ? curves : {};
+    setAttribute(lane, "title", curve.update(shown, row, now.gone) || null);
     setText(ratioText, now.ratio === null ? DASH : percent(now.ratio));
-    setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}`);
+    setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}${aloneWords(shown, row, now.gone)}`);
     setText(stdText, now.std === null ? none : `${plain(now.std, 2)}${NNBSP}σ`);
     setSlider(std, Math.max(STD_RANGE.min, Math.min(-(now.std ?? 3), STD_RANGE.max)),
       now.std === null ? "none" : `${plain(now.std, 2)} standard deviations below the mean, ${result}`);

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from prunelab.commit import commit
 from prunelab.criteria.registry import Scores, get, scores
+from prunelab.datasets import class_names, displayed
 from prunelab.errors import PruneLabError
 from prunelab.explorer.keeping import read_lab, write_lab
+from prunelab.explorer.scanning import Scanned, scan
 from prunelab.explorer.stage import Point, Stage
+from prunelab.explorer.timed import columns, from_plain, to_plain
+from prunelab.latency import Latency, latency
+from prunelab.outcomes import Outcomes
 from prunelab.plan import Plan, Setting, in_force
 from prunelab.preview import Estimate, Precision, Preview, labelled
 from prunelab.profile.capture import Profile, profile
@@ -31,6 +36,7 @@ from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.saving import export
+from prunelab.sensitivity import Sensitivity
 from prunelab.train.finetune import Epoch, finetune
 
 if TYPE_CHECKING:
@@ -94,10 +100,13 @@ class Lab:
         self._past: list[tuple[Stage, Plan]] = []
         self._future: list[tuple[Stage, Plan]] = []
         self._points: list[Point] = []
+        self._timed: dict[str, Latency] = {}
         # By program, and weakly: a network that undo can no longer reach takes its scores along.
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
         self._repairer: Repairer | None = None
         self._repaired = Repaired()
+        # The last sensitivity scan, of whichever network was current then.
+        self.scanned: Scanned | None = None
 
     # What is there now ---------------------------------------------
 
@@ -138,7 +147,10 @@ class Lab:
 
     @property
     def history(self) -> pd.DataFrame:
-        """Everything measured so far as a DataFrame, with ratios to the first network."""
+        """Everything measured so far as a DataFrame, with ratios to the first network, and times where they were taken.
+
+        ``speedup`` is the ratio of FLOPs; ``times_as_fast_batch_…`` is what :meth:`latency` measured.
+        """
         import pandas as pd
 
         frame = pd.DataFrame([vars(p) for p in self._points])
@@ -146,6 +158,7 @@ class Lab:
             first = cost(self._first.program)
             frame.insert(2, "compression", first.params / frame["nonzero"])
             frame.insert(4, "speedup", first.flops / frame["flops"].clip(lower=1))
+            frame = frame.join(columns([self._timed.get(point.plan) for point in self._points]))
         return frame
 
     @property
@@ -227,6 +240,14 @@ class Lab:
             PruneLabError: there is no such repair; the plan stays as it was.
         """
         self.use(replace(self.plan, repair=how))
+
+    def multiple(self, of: int) -> None:
+        """Round the widths that ratios and stds leave up to multiples, see :mod:`prunelab.widths`; 1 for any width.
+
+        Raises:
+            PruneLabError: it is no whole number from 1; the plan stays as it was.
+        """
+        self.use(replace(self.plan, multiple=of))
 
     def criterion(self, name: str) -> None:
         """Score channels by another criterion."""
@@ -332,6 +353,61 @@ class Lab:
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Accuracy of the plan on all of ``val``, exactly that of the network that it commits."""
         return self._measured(None, on_update, "float32")
+
+    def latency(self, *, progress: Progress | bool = True, **settings: Any) -> Latency:
+        """Time the network that the plan would commit, on this machine, beside the one that the lab began with.
+
+        What it finds stands in :attr:`history`, in the rows of this plan.
+
+        Args: as :func:`prunelab.latency`.
+
+        Raises:
+            PruneLabError: nothing has been removed, by the plan or a commit; or as :func:`prunelab.latency`.
+        """
+        plan, selection = self.plan, self._masked(self.selection)
+        if self.stage.program is self._first.program and not removes_anything(self.program, selection):
+            raise PruneLabError("There is nothing to time: neither the plan nor a commit has removed anything.")
+        if plan.to_json() not in {point.plan for point in self._points}:
+            self.estimate()
+        found = latency(self.program, selection, against=self._first.program, progress=progress, **settings)
+        self._timed[plan.to_json()] = found
+        return found
+
+    @property
+    def timed(self) -> Latency | None:
+        """What :meth:`latency` last found for the plan that is here now."""
+        return self._timed.get(self.plan.to_json())
+
+    def outcomes(self, *, progress: Progress | bool = False) -> Outcomes:
+        """What the plan changes, image by image, on the probe images and in the arithmetic of :meth:`estimate`.
+
+        Raises:
+            PruneLabError: the network is no classifier.
+            Stopped: ``progress`` said so.
+        """
+        selection = self.selection
+        repaired = self._repair_of(self._masked(selection))
+        found = self.stage.preview.outcomes(
+            selection, n=self._probe, repaired=repaired, precision="auto", progress=progress
+        )
+        return replace(found, names=class_names(self.val))
+
+    def image(self, index: int) -> Tensor:
+        """A validation image for display, float32 ``(height, width, channels)`` in 0..1.
+
+        Args:
+            index: as in :attr:`Outcomes.images`.
+        """
+        return displayed(self._images[index], self.val)
+
+    def sensitivity(self, **settings: Any) -> Sensitivity:
+        """Every free layer alone, ratio after ratio, by the plan's criterion and repair; kept in ``scanned``.
+
+        Args: as :func:`prunelab.sensitivity`.
+        """
+        if settings.get("repair", self.plan.repair) != "none":
+            settings.setdefault("repair_images", labelled(_in_order(self.train), REPAIR_IMAGES)[0])
+        return scan(self, **settings)
 
     def _measured(
         self, n: int | None, on_update: Callable[[Estimate], bool | None] | None, precision: Precision
@@ -443,6 +519,7 @@ class Lab:
             "name": self.name,
             "plan": self.plan.to_json(),
             "points": [vars(point) for point in self._points],
+            "times": {plan: to_plain(found) for plan, found in self._timed.items()},
         }
         write_lab(Path(folder), self.model, self.stage.masks, record)
 
@@ -467,6 +544,7 @@ class Lab:
         lab = cls(model, train, val, name=record["name"], **settings)
         lab._now = (replace(lab.stage, masks=masks), lab.plan)
         lab._points = [Point(**point) for point in record["points"]]
+        lab._timed = {plan: from_plain(found) for plan, found in record.get("times", {}).items()}
         lab.use(Plan.from_json(record["plan"]))
         return lab
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,33 +13,11 @@ from matplotlib.figure import Figure
 
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.stage import Point
+from prunelab.palette import colours
 from prunelab.plan import Setting, removed
 from prunelab.program.channels import Layer
 
 _LOCK = threading.Lock()
-
-# The desk's two colours: one accent for what is kept, grey for what is removed.
-_LIGHT = {
-    "ink": "#212121",
-    "faint": "#757575",
-    "kept": "#1976d2",
-    "gone": "#9e9e9e",
-    "mark": "#c2410c",
-    "back": "#ffffff",
-}
-_DARK = {
-    "ink": "#e6e6e6",
-    "faint": "#a3a3a3",
-    "kept": "#64b5f6",
-    "gone": "#757575",
-    "mark": "#ffb74d",
-    "back": "#111111",
-}
-
-
-def colours(dark: bool) -> dict[str, str]:
-    """Names to colours, for a light or a dark page."""
-    return _DARK if dark else _LIGHT
 
 
 def png(figure: Figure) -> bytes:
@@ -57,7 +35,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _dress(axes: Any, c: dict[str, str]) -> None:
+def _dress(axes: Any, c: Mapping[str, str]) -> None:
     """Quiet axes in the page's ink."""
     axes.patch.set_alpha(0.0)
     for side in ("top", "right"):
@@ -130,7 +108,7 @@ def layer_details(lab: Lab, name: str, dark: bool = False) -> Figure:
     setting = lab.plan.settings.get(layer.name, Setting())
     gone = np.zeros(0, np.int64)
     if setting.grain == "channel" and setting.rule != "none":
-        gone = removed(setting, score, layer)
+        gone = removed(setting, score, layer, lab.plan.multiple)
     maps = _seen(lab, layer)
     spatial = maps is not None and maps.dim() == 4
     parts: list[Any] = (
@@ -158,7 +136,7 @@ def _seen(lab: Lab, layer: Layer) -> Any:
     return None if maps is None else maps[:, channels.tolist()]
 
 
-def _histogram(axes: Any, lab: Lab, layer: Layer, score: Any, gone: Any, c: dict[str, str]) -> None:
+def _histogram(axes: Any, lab: Lab, layer: Layer, score: Any, gone: Any, c: Mapping[str, str]) -> None:
     bins = np.histogram_bin_edges(score, bins=min(40, max(8, score.size // 4)))
     kept = np.setdiff1d(np.arange(score.size), gone)
     axes.hist(
@@ -180,7 +158,7 @@ def _histogram(axes: Any, lab: Lab, layer: Layer, score: Any, gone: Any, c: dict
     _dress(axes, c)
 
 
-def _maps(figure: Any, maps: Any, score: Any, gone: Any, c: dict[str, str]) -> None:
+def _maps(figure: Any, maps: Any, score: Any, gone: Any, c: Mapping[str, str]) -> None:
     """Channels on either side of the cut, for the first cached image."""
     order = np.argsort(score, kind="stable")
     cut = gone.size

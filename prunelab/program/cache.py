@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from torch import Tensor
 
 GIB = 2**30
+OVERHEAD = 2.0
+"""Bytes that the process grows by for each byte held: blocks of many sizes leave holes. 1.4 to 1.9 with glibc."""
 _NO_TENSOR = 64
+_LEFT = 0.97
 
 
 @dataclass
@@ -22,23 +26,41 @@ class _Held:
 
 
 class Cache:
-    """A store of tensors by key that never holds more than ``budget`` bytes.
+    """A store of tensors by key. What it makes the process grow by, the work at hand included, stays in its budget.
 
     What goes first is what saves the fewest seconds per byte and has not been asked for lately: the greedy dual
     algorithm of Cao and Irani (1997, "Cost-aware WWW proxy caching algorithms").
 
     Attributes:
         budget: bytes at most.
-        held: bytes now.
+        held: bytes of the values now.
+        work: bytes that runs need besides, now.
     """
 
-    def __init__(self, budget: int = GIB) -> None:
+    def __init__(self, budget: int = GIB, overhead: float = OVERHEAD) -> None:
+        """Args:
+        overhead: what the process grows by for each byte held.
+        """
         self.budget = budget
         self.held = 0
+        self.work = 0
+        self._overhead = overhead
         self._items: dict[Hashable, _Held] = {}
         # What was evicted last had this rank: newcomers start above it, and what nobody asks for falls behind.
         self._age = 0.0
         self._lock = Lock()
+
+    @contextmanager
+    def working(self, size: int) -> Iterator[None]:
+        """Make room for work that needs so many bytes, until it is done."""
+        with self._lock:
+            self.work += size
+            self._evict()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.work -= size
 
     def __len__(self) -> int:
         return len(self._items)
@@ -60,13 +82,24 @@ class Cache:
         """
         size = value.untyped_storage().nbytes() if isinstance(value, Tensor) else _NO_TENSOR
         with self._lock:
-            if key in self._items or size > self.budget:
+            if key in self._items or size > self._room():
                 return
             worth = seconds / max(size, 1)
             self._items[key] = _Held(value, size, worth, self._age + worth)
             self.held += size
-            while self.held > self.budget:
-                least = min(self._items, key=lambda k: self._items[k].rank)
-                gone = self._items.pop(least)
-                self.held -= gone.size
-                self._age = gone.rank
+            self._evict()
+
+    def _room(self) -> float:
+        """Bytes that values may take now."""
+        return (self.budget - self.work) / self._overhead
+
+    def _evict(self) -> None:
+        if self.held <= self._room():
+            return
+        # A little more than must go, so that not every value that comes has all the others ranked.
+        for key in sorted(self._items, key=lambda k: self._items[k].rank):
+            if self.held <= _LEFT * self._room():
+                break
+            gone = self._items.pop(key)
+            self.held -= gone.size
+            self._age = gone.rank

@@ -20,6 +20,7 @@ from torch import Tensor
 from prunelab.program.cache import Cache
 from prunelab.program.fold import Fold, find_folds, folded
 from prunelab.program.ids import FIXED
+from prunelab.program.liveness import working_bytes
 from prunelab.program.nodes import INPLACE, Node, Ref, map_refs
 from prunelab.program.program import Program
 from prunelab.program.run import (
@@ -199,6 +200,7 @@ class Incremental:
         self.program = program.base
         self.memory = memory
         self.fast = fast
+        self._working = working_bytes(self.program)
         self._recipe = lru_cache(maxsize=8)(lambda p: recipe(p, fast is not None))
         self._states: dict[str, tuple[Hashable, Address, Tensor]] = {}
         self._folded: dict[int, tuple[Address, Tensor, Tensor]] = {}
@@ -290,7 +292,8 @@ class Incremental:
             share: how likely it is that this batch is asked for again, against others.
         """
         outputs = prepared.bound.program.outputs
-        with torch.no_grad():
+        work = self._working * len(inputs[0])
+        with torch.no_grad(), self.memory.working(work):
             values = self._values(prepared, inputs, batch, share)
         return next(o for o in (map_refs(o, values.__getitem__) for o in outputs) if isinstance(o, Tensor))
 

@@ -176,6 +176,87 @@ def test_remove_a_block_and_a_layer(notebook_page: OpenNotebook) -> None:
     page.assert_no_errors()
 
 
+def test_multiples_speed_and_what_changed(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet())
+    found = desk(page)
+    multiples = page.page.locator(".prunelab .widget-dropdown", has_text="multiples").locator("select")
+    multiples.select_option("8")
+    kept = found.locator('[data-row="conv2"] .c-kept')
+    drag(page, slider(found, "conv2", "ratio"), 0.5)
+    # Drawn in the browser, before Python has answered: the next multiple of what the ratio keeps, and so Python says.
+    assert kept.locator(".pl-number").inner_text() in ("24/50", "32/50")
+    before, flops = kept.inner_text(), total(found, "flops")
+    measured(found)
+    assert (kept.inner_text(), total(found, "flops")) == (before, flops)
+    multiples.select_option("1")
+    expect(kept.locator(".pl-number")).not_to_have_text(before.split()[0])
+    multiples.select_option("32")
+    expect(kept.locator(".pl-number")).to_have_text("32/50")
+    measured(found)
+
+    pictures = page.page.locator(".prunelab img:visible")
+    expect(pictures).to_have_count(2)
+    button(page, "what changed").click()
+    expect(pictures).to_have_count(4)
+    was = pictures.last.get_attribute("src")
+    drag(page, slider(found, "fc1", "ratio"), 0.9)
+    measured(found)
+    expect(pictures.last).not_to_have_attribute("src", was or "")
+
+    button(page, "measure speed").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Times as fast as unpruned:")
+    sentence = page.page.locator(".prunelab .widget-html:visible", has_text="interleaved pairs")
+    expect(sentence).to_contain_text(re.compile(r"\d threads?, float32"))
+    measured(found)
+    expect(found.locator(".pl-stale")).to_have_count(0)
+    drag(page, slider(found, "fc1", "ratio"), 0.3)
+    # Another plan was not timed.
+    expect(sentence).to_have_count(0)
+    button(page, "what changed").click()
+    expect(pictures).to_have_count(2)
+    page.assert_no_errors()
+
+
+def test_a_scan_draws_a_curve_behind_every_slider(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet())
+    found = desk(page)
+    curves = found.locator(".pl-curve[aria-label]:not([visibility])")
+    expect(curves).to_have_count(0)
+    pictures = page.page.locator(".prunelab img:visible")
+    before = pictures.count()
+
+    button(page, "scan layers").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Scanned 3 layers by apoz at 9 ratios, 500 images each.")
+    measured(found)
+    expect(curves).to_have_count(3)
+    expect(found.locator('[data-row="fc2"] .pl-curve')).to_have_count(0)
+    expect(pictures).to_have_count(before + 1)
+    lane = found.locator('[data-row="conv2"] .pl-lane')
+    words = lane.get_attribute("title") or ""
+    assert "n = 500" in words
+    assert len(re.findall(r"% removed: \d", words)) == 9
+    removed = lane.locator(".pl-curve-area.pl-area-removed")
+    assert removed.get_attribute("d") == ""
+    drag(page, slider(found, "conv2", "ratio"), 0.5)
+    # Drawn in the browser: the half that is gone turns grey.
+    assert removed.get_attribute("d") != ""
+    assert "; alone, accuracy" in (slider(found, "conv2", "ratio").get_attribute("aria-valuetext") or "")
+    measured(found)
+
+    page.page.locator(".prunelab select").first.select_option("l1")
+    expect(found.locator("thead th.c-ratio")).to_have_text("ratio, stale scan")
+    expect(lane).to_have_attribute("title", re.compile("Stale: measured by apoz"))
+    found.locator('[data-do="undo"]').click()
+    expect(found.locator("thead th.c-ratio")).to_have_text("ratio, accuracy")
+    button(page, "commit").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Committed")
+    measured(found)
+    expect(curves).to_have_count(0)
+    expect(found.locator("thead th.c-ratio")).to_have_text("ratio")
+    expect(pictures).to_have_count(before)
+    page.assert_no_errors()
+
+
 def test_an_error_is_shown_and_changes_nothing(notebook_page: OpenNotebook) -> None:
     page = notebook_page([*lenet(), "explorer._path.value = 'missing.json'"])
     found = desk(page)

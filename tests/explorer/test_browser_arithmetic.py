@@ -16,7 +16,7 @@ import torch
 import prunelab as pl
 from prunelab import explorer, zoo
 from prunelab.explorer.desk import rows_of, terms_of
-from prunelab.plan import by_ratio, by_std, std_of_ratio
+from prunelab.plan import Setting, by_ratio, by_std, removed, std_of_ratio
 
 DESK = Path(explorer.__file__).parent / "desk_base.js"
 
@@ -99,6 +99,25 @@ def test_rules_equal_pythons(lab: pl.Lab, tmp_path: Path, monkeypatch: pytest.Mo
     # The same number, to the last bit.
     assert answer["equivalents"] == wanted
     assert len(set(expected)) > 50
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 8, 12, 32])
+def test_rounded_widths_equal_pythons(
+    lab: pl.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiple: int
+) -> None:
+    layer = next(layer for layer in lab.program.layers if not layer.pinned)
+    lab.multiple(multiple)
+    rules, expected = [], []
+    for score in scores_to_try():
+        row = row_of(lab, score, monkeypatch)
+        for setting in (*(Setting(ratio=k / 20) for k in range(21)), *(Setting(std=k / 10) for k in range(-10, 21))):
+            value = setting.ratio if setting.std is None else setting.std
+            rules.append((row, {"rule": setting.rule, "value": value}))
+            expected.append(removed(setting, score, layer, multiple).size)
+    lab.undo()
+    answer = in_the_browser(tmp_path, {"rules": rules, "costs": [], "equivalents": []})
+    assert answer["removed"] == expected
+    assert len(set(expected)) > 10
 
 
 def test_cost_equals_pythons(lab: pl.Lab, tmp_path: Path) -> None:

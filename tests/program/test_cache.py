@@ -15,7 +15,7 @@ def of(size: int) -> torch.Tensor:
 
 
 def test_it_never_holds_more_than_its_budget() -> None:
-    chance, memory = random.Random(0), Cache(10_000)
+    chance, memory = random.Random(0), Cache(10_000, overhead=1)
     for _ in range(3000):
         memory.put(chance.randrange(500), of(chance.randrange(1, 4_000)), chance.random())
         memory.get(chance.randrange(500))
@@ -25,7 +25,7 @@ def test_it_never_holds_more_than_its_budget() -> None:
 
 
 def test_a_part_counts_as_the_whole_that_it_keeps_alive() -> None:
-    memory = Cache(10_000)
+    memory = Cache(10_000, overhead=1)
     memory.put("part", of(20_000)[:10], 1.0)
     assert memory.get("part") is None
     memory.put("other", of(5_000)[:10], 1.0)
@@ -33,7 +33,7 @@ def test_a_part_counts_as_the_whole_that_it_keeps_alive() -> None:
 
 
 def test_what_saves_the_fewest_seconds_per_byte_goes_first() -> None:
-    memory = Cache(3_000)
+    memory = Cache(3_000, overhead=1)
     for key, size, seconds in (("slow", 1_000, 3.0), ("quick", 1_000, 1.0), ("small", 500, 1.0)):
         memory.put(key, of(size), seconds)
     memory.put("new", of(1_000), 5.0)
@@ -41,7 +41,7 @@ def test_what_saves_the_fewest_seconds_per_byte_goes_first() -> None:
 
 
 def test_what_nobody_asks_for_goes_in_the_end() -> None:
-    memory = Cache(3_000)
+    memory = Cache(3_000, overhead=1)
     memory.put("forgotten", of(1_000), 4.0)
     memory.put("wanted", of(1_000), 4.0)
     for k in range(20):
@@ -51,7 +51,7 @@ def test_what_nobody_asks_for_goes_in_the_end() -> None:
 
 
 def test_nothing_fits_into_nothing() -> None:
-    memory = Cache(0)
+    memory = Cache(0, overhead=1)
     memory.put("a", of(1), 1.0)
     memory.put("number", 3, 1.0)
     assert (memory.get("a"), memory.get("number"), memory.held) == (None, None, 0)

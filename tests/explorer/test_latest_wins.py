@@ -1,0 +1,76 @@
+"""Ten thousand requests with a real lab behind them: none queues up, and the newest is what is shown at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+import prunelab as pl
+from prunelab.explorer.worker import Worker
+from prunelab.plan import Setting
+from prunelab.preview import Estimate
+
+TRAIN, TEST = pl.datasets.fashion_mnist()
+
+
+def test_of_ten_thousand_plans_the_last_ones_accuracy_is_on_the_desk() -> None:
+    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(1000), cache=False, memory=2**24)
+    lab.run_profile(progress=False)
+    explorer = pl.explore(lab)
+    assert explorer._worker.drain(60)
+    plans = [replace(lab.plan, settings={"conv2": Setting(ratio=k / 16)}) for k in range(1, 16)]
+    points, threads = len(lab.points), threading.active_count()
+    for k in range(10_000):
+        lab.use(plans[k % 15], merge=True)
+        explorer._after_edit() if k % 100 == 99 else explorer._worker.latest(explorer._estimate)
+        assert not explorer._worker._jobs
+    assert explorer._worker.drain(60)
+    assert threading.active_count() <= threads + 1
+    shown = explorer.desk.estimate
+    assert (shown["state"], shown["n"]) == ("ready", 1000)
+    assert lab.plan == plans[9_999 % 15]
+    assert shown["accuracy"] == lab.estimate().accuracy
+    assert 0 < lab._memory.held <= lab._memory.budget
+    # Every plan is one point at most, however often it was asked for.
+    assert points < len(lab.points) <= points + 15
+
+
+def test_a_newer_request_stops_the_running_one_before_its_next_batch() -> None:
+    program = pl.trace(pl.zoo.load("lenet"), TEST.images[:2])
+    batches: list[str] = []
+
+    def score(outputs: Tensor, labels: Tensor) -> Tensor:
+        batches.append(asking[-1])
+        return (outputs.argmax(1) == labels).double()
+
+    asking = ["the unpruned network"]
+    preview = pl.Preview(program, TEST.images[:2000], TEST.labels[:2000], score=score)
+    preview.accuracy()
+    assert len(batches) == 8
+    worker, running, gate = Worker(lambda error: None), threading.Event(), threading.Event()
+    shown: list[tuple[str, int]] = []
+
+    def request(name: str, keep: int) -> Callable[[Callable[[], bool]], None]:
+        def work(wanted: Callable[[], bool]) -> None:
+            def update(found: Estimate) -> bool:
+                running.set()
+                assert gate.wait(30)
+                return wanted()
+
+            asking.append(name)
+            found = preview.accuracy(pl.Selection({"conv1": tuple(range(keep))}), on_update=update)
+            shown.append((name, found.n))
+
+        return work
+
+    worker.latest(request("older", 3))
+    assert running.wait(30)
+    for k in range(10_000):
+        worker.latest(request(f"request {k}", 1 + k % 5))
+    gate.set()
+    assert worker.drain(60)
+    assert shown == [("older", 256), ("request 9999", 2000)]
+    assert batches[8:] == ["older", *["request 9999"] * 8]
