@@ -35,14 +35,16 @@ from torch import Tensor
 from prunelab.errors import PruneLabError, unknown
 from prunelab.plan import REPAIRS
 from prunelab.profile.batches import check_images, inputs_of
+from prunelab.program.cache import GIB, Cache
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
 from prunelab.repair.places import Cut
-from prunelab.repair.walk import Samples, Walk
+from prunelab.repair.values import Wanted, always
+from prunelab.repair.walk import Walk
 
-BUDGET = 1 << 30
-"""Bytes of the uncut network's values that are kept for the next selection."""
+BUDGET = GIB
+"""Bytes of values and of corrected weights that are kept for the next selection."""
 
 _WALK_BYTES = 4 << 30
 _HELD_AT_ONCE = 4
@@ -70,26 +72,28 @@ class Repaired(dict[str, Tensor]):
 
 
 class Repairer:
-    """Repairs of one network from one sample. What the uncut network gives on the sample is kept between calls."""
+    """Repairs of one network from one sample. What one selection computed serves the next."""
 
     def __init__(self, program: Program, images: Tensor | None, budget: int = BUDGET) -> None:
         """Args:
         images: the sample, shape ``(images, …)``; a thousand do. Of large images only as many are looked at as the
             network's values of fit in a few gigabytes.
-        budget: bytes of the uncut network's values to keep.
+        budget: bytes to keep for the next selection.
         """
         self.program = program
         self.images = images[: _affordable(program, images.element_size())] if images is not None else None
-        self._samples = Samples(budget)
+        self._memory = Cache(budget)
         self._last: tuple[tuple[Selection, str], Repaired] | None = None
 
-    def __call__(self, selection: Selection, how: str) -> Repaired:
-        """The correction for a selection.
+    def __call__(self, selection: Selection, how: str, wanted: Wanted = always) -> Repaired:
+        """The correction for a selection. What an earlier one has in common with it is not computed again.
 
         Args:
             how: one of :data:`prunelab.plan.REPAIRS`.
+            wanted: asked before every step, some milliseconds apart, whether to go on.
 
         Raises:
+            Stopped: it is not wanted any more. What was found so far is kept for the next time.
             PruneLabError: there is no such repair, or it needs images, or they do not fit the network.
         """
         if how not in REPAIRS:
@@ -103,7 +107,7 @@ class Repairer:
             program = self.program.under(selection)
             check_images(program, inputs_of(program, self.images))
             images = self.images.to(next(iter(program.model.parameters())).device)
-            walk = Walk(Cut(program, selection), how, images, self._samples)
+            walk = Walk(Cut(program, selection), how, images, self._memory, wanted)
             walk.run()
             self._last = (key, Repaired(walk.found, tuple(dict.fromkeys(walk.left)), len(images)))
         return self._last[1]
