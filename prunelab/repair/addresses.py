@@ -1,6 +1,6 @@
 """Names for what a repair computes: two selections that give something the same address give it the same content.
 
-A corrected weight is addressed by all that its equations are made of, so that an address can be known before anything is
+A corrected weight is addressed by all that its equations are made of, so that addresses are known before anything is
 computed: what an earlier selection left in memory is found, and only what comes after the first change is done again.
 """
 

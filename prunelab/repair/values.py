@@ -54,19 +54,34 @@ class Values:
         self._inputs = dict(zip((n.index for n in nodes if n.kind == "input"), feed, strict=True))
         self._keeping = keeping
         self._reads: Counter[int] = Counter()
+        self._compute: set[int] = set()
         self.held: dict[int, Any] = dict(bound.states)
 
-    def recall(self, at: int) -> bool:
-        """Whether a value is in memory; then it is here from now on."""
+    def plan(self, asked: Collection[int], everything: Collection[int] = ()) -> None:
+        """Say what will be needed; what has to be computed for it follows, back to what is in memory or to the input.
+
+        Args:
+            asked: values that others need, once for every time.
+            everything: what must be computed in any case.
+        """
+        nodes = self.bound.program.nodes
+        self._compute = set(everything)
+        open_ = [] if everything else list(asked)
+        while open_:
+            at = open_.pop()
+            if at not in self._compute and not self._recalled(at):
+                self._compute.add(at)
+                open_ += nodes[at].inputs
+        self._reads.update(asked)
+        self._reads.update(i for at in self._compute for i in nodes[at].inputs)
+
+    def _recalled(self, at: int) -> bool:
+        """Whether a value is in memory; then it is held here too, as memory may let it go."""
         if at not in self.held and self._keeping is not None and at in self._keeping.addresses:
             value = self._keeping.memory.get((self._keeping.addresses[at], self.number))
             if value is not None:
                 self.held[at] = value
         return at in self.held
-
-    def need(self, values: Iterable[int]) -> None:
-        """These values are needed, once for every time that they are named."""
-        self._reads.update(values)
 
     def let_go(self, values: Iterable[int]) -> None:
         """One of those who needed each of these values needs it no more."""
@@ -76,13 +91,13 @@ class Values:
                 self.held.pop(i, None)
 
     def run(self, nodes: Sequence[int], wanted: Wanted) -> None:
-        """Compute some nodes in turn; what they are the last to need is let go.
+        """Compute those of some nodes that are needed, in turn; what they are the last to need is let go.
 
         Raises:
             Stopped: it is not wanted any more.
         """
         since = time.perf_counter()
-        for at in nodes:
+        for at in (at for at in nodes if at in self._compute):
             if not wanted():
                 raise Stopped("repair")
             node = self.bound.program.nodes[at]
@@ -109,10 +124,3 @@ def run_all(parts: Iterable[Values], nodes: Sequence[int], wanted: Wanted) -> No
     """
     for part in parts:
         part.run(nodes, wanted)
-
-
-def plan_reads(parts: Iterable[Values], nodes: Iterable[int], asked: Collection[int] = ()) -> None:
-    """Say which values are needed: by these nodes, and ``asked`` once for each time."""
-    for part in parts:
-        part.need(asked)
-        part.need(i for at in nodes for i in part.bound.program.nodes[at].inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable
+from itertools import product
 from math import ceil, prod
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from prunelab.program.cache import Cache
 from prunelab.program.incremental import worth_keeping
 from prunelab.program.nodes import Node
+from prunelab.program.program import Program
 from prunelab.program.run import bind, kept_index
 from prunelab.progress import Stopped
 from prunelab.repair import addresses
@@ -24,7 +26,7 @@ from prunelab.repair.equations import (
     sampled,
 )
 from prunelab.repair.places import Cut, Place, adjustable, overwrites, places, schedule
-from prunelab.repair.values import Keeping, Values, Wanted, in_parts, plan_reads, run_all
+from prunelab.repair.values import Keeping, Values, Wanted, in_parts, run_all
 
 LEAST_ROWS = 20_000
 """Positions of every layer that are looked at, over all images: with more the answer hardly changes."""
@@ -45,7 +47,10 @@ class Walk:
     Attributes:
         found: new tensors, by state name.
         left: layers that could not be corrected, each with the reason.
+        kept: keys of the values that it may have left in memory.
     """
+
+    kept: frozenset[Hashable] = frozenset()
 
     def __init__(self, cut: Cut, how: str, images: Tensor, memory: Cache, wanted: Wanted) -> None:
         """Args:
@@ -79,8 +84,11 @@ class Walk:
         self.left += [(self._name(i), reason) for i, reason in reasons.items() if reason]
         return {i for i, reason in reasons.items() if not reason}
 
-    def run(self) -> None:
+    def run(self, stale: frozenset[Hashable] = frozenset()) -> None:
         """Go through the network once, from the first thing that is not in memory.
+
+        Args:
+            stale: values in memory to let go, unless this walk can use them.
 
         Raises:
             Stopped: it is not wanted any more; what was found so far is in memory.
@@ -90,7 +98,10 @@ class Walk:
         order = schedule(self.program, found, [*self.places, *self.norms, *norms])
         self._addresses = addresses.of_values(self.cut, self.how, order, self.places, self.norms)
         bound = bind(self.program, self.cut.selection)
-        self._parts = in_parts(bound, self.images, self.whole, self._keeping())
+        keeping = self._keeping()
+        self._parts = in_parts(bound, self.images, self.whole, keeping)
+        self.kept = frozenset(product(keeping.addresses.values(), range(len(self._parts))))
+        self.memory.drop(stale - self.kept)
         with torch.no_grad():
             missing = [i for i in order if (i in self.places or i in self.norms) and not self._recalled(i)]
             self._uncut = Uncut(self, [self.places[i] for i in missing if i in self.places])
@@ -99,18 +110,16 @@ class Walk:
     def _walk(self, order: list[int], missing: list[int]) -> None:
         """Correct what is missing, in order, and compute what that takes."""
         asked = [j for i in missing for j in self._read_by(i)]
-        compute = self._to_compute(order, asked)
-        plan_reads(self._parts, compute, asked)
-        before: list[int] = []
-        for i in order:
-            if i in missing:
-                run_all(self._parts, before, self.wanted)
-                before = []
-                since = time.perf_counter()
-                self._correct(i)
-                self._remember(i, time.perf_counter() - since)
-            if i in compute:
-                before.append(i)
+        everything = _computed(self.program, order) if missing and overwrites(self.program) else []
+        for part in self._parts:
+            part.plan(asked, everything)
+        done = 0
+        for i in missing:
+            stop = order.index(i)
+            run_all(self._parts, order[done:stop], self.wanted)
+            done, since = stop, time.perf_counter()
+            self._correct(i)
+            self._remember(i, time.perf_counter() - since)
 
     # What is in memory ---------------------------------------------
 
@@ -149,19 +158,6 @@ class Walk:
         """The values that a correction reads."""
         shortcut = self.places[at].shortcut if at in self.places else None
         return [*self.program.nodes[at].inputs, *([] if shortcut is None else [shortcut])]
-
-    def _to_compute(self, order: list[int], asked: list[int]) -> set[int]:
-        """The nodes to compute for the values that are asked for: back to what is in memory, or to the input."""
-        if asked and overwrites(self.program):
-            return {i for i in order if self.program.nodes[i].kind != "state"}
-        found: set[int] = set()
-        open_ = list(asked)
-        while open_:
-            i = open_.pop()
-            if i not in found and not all([part.recall(i) for part in self._parts]):
-                found.add(i)
-                open_ += self.program.nodes[i].inputs
-        return found
 
     def _name(self, node: int) -> str:
         return self.cut.name(self.program.nodes[node])
@@ -306,9 +302,10 @@ class Uncut:
         # Held here until they were used: memory may let them go meanwhile.
         self._known = {place.node: walk.memory.get(_key(place)) for place in asked}
         self._missing = {place.target: place for place in asked if self._known[place.node] is None}
-        order = [i for i in schedule(base, (), self._missing) if base.nodes[i].kind != "state"]
+        order = _computed(base, schedule(base, (), self._missing))
         self._parts = in_parts(bind(base), walk.images, walk.whole) if order else []
-        plan_reads(self._parts, order, list(self._missing))
+        for part in self._parts:
+            part.plan(list(self._missing), order)
         self._ahead = iter(order)
 
     def at(self, place: Place) -> Tensor:
@@ -331,6 +328,11 @@ class Uncut:
         for part in self._parts:
             part.let_go([nodes[-1]])
         self._walk.memory.put(_key(place), found, time.perf_counter() - since)
+
+
+def _computed(program: Program, order: list[int]) -> list[int]:
+    """Those of some nodes that are not given with the network."""
+    return [i for i in order if program.nodes[i].kind != "state"]
 
 
 def _key(place: Place) -> Hashable:
