@@ -2,8 +2,8 @@
 
 ``python tests/bench/repair.py cifar10.npz resnet56-4bfd9763.th`` prints two tables: test accuracy on all 10,000 images,
 with seconds for the first repair of the network and for another selection of it; and what a hand waits for. Seconds are
-the processor's, on one thread unless told. ``cifar10.npz`` holds the images as :func:`prunelab.datasets.npz` reads them;
-the weights are Yerlan Idelbayev's, from https://github.com/akamaster/pytorch_resnet_cifar10.
+the processor's, on one thread unless told. ``cifar10.npz`` holds the images as :func:`prunelab.datasets.npz`
+reads them; the weights are Yerlan Idelbayev's, from https://github.com/akamaster/pytorch_resnet_cifar10.
 """
 
 from __future__ import annotations
