@@ -33,6 +33,7 @@ from prunelab.explorer.tools import Tools
 from prunelab.explorer.worker import Worker
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
+from prunelab.progress import Stopped
 from prunelab.train.finetune import Epoch
 
 # Two changes closer than this are one movement of the hand: one step of undo.
@@ -206,7 +207,10 @@ class Explorer(w.VBox):
         self._repaired.layout.display = "none" if self.lab.plan.repair == "none" else None
 
     def _estimate(self, wanted: Callable[[], bool]) -> None:
-        """Quick accuracy, shown as it grows, then the pictures; given up as soon as a newer request is there."""
+        """Quick accuracy, shown as it grows, then the pictures; given up as soon as a newer request is there.
+
+        Until the plan's repair is there, what a quick one gives is shown, and called so.
+        """
 
         def update(found: Estimate) -> bool:
             if wanted():
@@ -214,7 +218,13 @@ class Explorer(w.VBox):
             return wanted()
 
         answered = self._seen
-        found = self.lab.estimate(on_update=update)
+        try:
+            first = self.lab.quick_estimate(wanted)
+            if first is not None and wanted():
+                self.desk.estimate = {**estimate_of(first, "running", "quick repair"), "edits": answered}
+            found = self.lab.estimate(on_update=update, wanted=wanted)
+        except Stopped:
+            return
         if wanted():
             self.desk.estimate = {**estimate_of(found, "ready"), "edits": answered}
             self._show_repair()

@@ -206,8 +206,12 @@ def terms_of(lab: Lab) -> dict[str, Any]:
     }
 
 
-def estimate_of(found: Estimate, state: str) -> dict[str, Any]:
-    """An estimate for the header."""
+def estimate_of(found: Estimate, state: str, repair: str = "") -> dict[str, Any]:
+    """An estimate for the header.
+
+    Args:
+        repair: what to say of the repair, if it is not the plan's.
+    """
     return {
         "state": state,
         "accuracy": found.accuracy,
@@ -217,4 +221,5 @@ def estimate_of(found: Estimate, state: str) -> dict[str, Any]:
         "n": found.n,
         "total": found.total,
         "precision": found.precision,
+        "repair": repair,
     }

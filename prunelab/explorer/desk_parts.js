@@ -70,7 +70,8 @@ function makeTotals() {
     }
     const [before, now, half] = [estimate.base, estimate.accuracy, estimate.half].map((part) => plain(100 * part, 1));
     const change = `${signed(100 * estimate.change, 1)} ± ${half} points`;
-    const sample = `n = ${count(estimate.n)} of ${count(estimate.total)}, ${estimate.precision}`;
+    const repair = estimate.repair ? `, ${estimate.repair}` : "";
+    const sample = `n = ${count(estimate.n)} of ${count(estimate.total)}, ${estimate.precision}${repair}`;
     const text = stale ? `updating… ${sample}` : sample;
     accuracy.update({ before, now: `${now}${NNBSP}%`, change, text, stale });
     setBar(accuracy.bar, estimate.accuracy, estimate.base, estimate.half);

@@ -35,6 +35,7 @@ from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
+from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
 from prunelab.train.finetune import Epoch, finetune
@@ -346,9 +347,32 @@ class Lab:
         self._first = new if self._first is old else self._first
         return found
 
-    def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
-        """Quick accuracy of the plan on the probe images, in bfloat16 where the processor is made for it."""
-        return self._measured(self._probe, on_update, "auto")
+    def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None, wanted: Wanted = always) -> Estimate:
+        """Quick accuracy of the plan on the probe images, in bfloat16 where the processor is made for it.
+
+        Args:
+            on_update: called with every estimate on the way; returning False stops there.
+            wanted: asked during the plan's repair whether to go on.
+
+        Raises:
+            Stopped: the repair was not wanted any more.
+        """
+        return self._measured(self._probe, on_update, "auto", wanted)
+
+    def quick_estimate(self, wanted: Wanted = always) -> Estimate | None:
+        """A first accuracy with the quick repair in place of the plan's, on the first of the probe images.
+
+        None where the plan's repair is as quick. It is no point of the history.
+
+        Raises:
+            Stopped: it was not wanted any more.
+        """
+        selection, repairer = self._masked(self.selection), self._repairs
+        repaired = repairer.quick(selection, self.plan.repair, wanted) if repairer is not None else None
+        if repaired is None:
+            return None
+        estimates = self.stage.preview.estimates(self.selection, n=self._probe, repaired=repaired)
+        return next(iter(estimates))
 
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Accuracy of the plan on all of ``val``, exactly that of the network that it commits."""
@@ -410,11 +434,15 @@ class Lab:
         return scan(self, **settings)
 
     def _measured(
-        self, n: int | None, on_update: Callable[[Estimate], bool | None] | None, precision: Precision
+        self,
+        n: int | None,
+        on_update: Callable[[Estimate], bool | None] | None,
+        precision: Precision,
+        wanted: Wanted = always,
     ) -> Estimate:
         now = self._now
         selection = self.selection
-        repaired = self._repair_of(self._masked(selection))
+        repaired = self._repair_of(self._masked(selection), wanted)
         found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update, precision=precision)
         # A hand may have moved on meanwhile: then this accuracy is not that of the plan that is here now. And an
         # estimate that was given up half-way is not worth a point.
@@ -422,14 +450,19 @@ class Lab:
             self._add_measured(found)
         return found
 
-    def _repair_of(self, selection: Selection) -> Repaired:
-        """The plan's repair for a selection, from training images; what it knows of the network is kept meanwhile."""
+    @property
+    def _repairs(self) -> Repairer | None:
+        """What repairs the current network, and knows it from the last time; None where the plan asks for no repair."""
         if self.plan.repair == "none":
-            self._repaired = Repaired()
-            return self._repaired
+            return None
         if self._repairer is None or self._repairer.program is not self.stage.program:
             self._repairer = Repairer(self.stage.program, labelled(_in_order(self.train), REPAIR_IMAGES)[0])
-        self._repaired = self._repairer(selection, self.plan.repair)
+        return self._repairer
+
+    def _repair_of(self, selection: Selection, wanted: Wanted = always) -> Repaired:
+        """The plan's repair for a selection, from training images."""
+        repairer = self._repairs
+        self._repaired = repairer(selection, self.plan.repair, wanted) if repairer is not None else Repaired()
         return self._repaired
 
     def _add_measured(self, found: Estimate) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -73,6 +73,13 @@ class Cache:
                 return None
             item.rank = self._age + item.worth
             return item.value
+
+    def drop(self, keys: Iterable[Hashable]) -> None:
+        """Let go of what has one of these keys."""
+        with self._lock:
+            for key in keys:
+                gone = self._items.pop(key, None)
+                self.held -= gone.size if gone is not None else 0
 
     def put(self, key: Hashable, value: Any, seconds: float) -> None:
         """Keep a value, unless it is larger than the whole budget.

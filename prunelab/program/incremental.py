@@ -262,7 +262,7 @@ class Incremental:
             if name in mended:
                 address, tensor = digest(name.encode(), mended[name]), repaired[name]
             else:
-                address, tensor = _address(program, name, gone, masks.get(name, b"")), tensors[name]
+                address, tensor = state_address(program, name, gone, masks.get(name, b"")), tensors[name]
             self._states[name] = (keys[name], address, self._formatted(program, how, name, tensor))
         return {name: self._states[name][1:] for name in keys}
 
@@ -340,7 +340,8 @@ class Incremental:
         return values, sorted(missing)
 
 
-def _address(program: Program, name: str, gone: Any, mask: Address) -> Address:
+def state_address(program: Program, name: str, gone: Any, mask: Address) -> Address:
+    """A name for a parameter or buffer as a selection leaves it: what it keeps along each dimension, and its mask."""
     dims = program.structure.values[program.state_nodes[name]]
     assert isinstance(dims, tuple)
     indices = [kept_index(ids, program.structure.label, gone) for ids in dims]

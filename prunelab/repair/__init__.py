@@ -27,7 +27,8 @@ Weights under a mask stay zero. What cannot be repaired is named with the reason
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from functools import cached_property
 from math import prod
 
 from torch import Tensor
@@ -35,14 +36,17 @@ from torch import Tensor
 from prunelab.errors import PruneLabError, unknown
 from prunelab.plan import REPAIRS
 from prunelab.profile.batches import check_images, inputs_of
+from prunelab.program.cache import GIB, Cache
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
 from prunelab.repair.places import Cut
-from prunelab.repair.walk import Samples, Walk
+from prunelab.repair.quick import Quick
+from prunelab.repair.values import Wanted, always
+from prunelab.repair.walk import Walk
 
-BUDGET = 1 << 30
-"""Bytes of the uncut network's values that are kept for the next selection."""
+BUDGET = GIB
+"""Bytes of values and of corrected weights that are kept for the next selection."""
 
 _WALK_BYTES = 4 << 30
 _HELD_AT_ONCE = 4
@@ -70,43 +74,75 @@ class Repaired(dict[str, Tensor]):
 
 
 class Repairer:
-    """Repairs of one network from one sample. What the uncut network gives on the sample is kept between calls."""
+    """Repairs of one network from one sample. What one selection computed serves the next."""
 
     def __init__(self, program: Program, images: Tensor | None, budget: int = BUDGET) -> None:
         """Args:
         images: the sample, shape ``(images, …)``; a thousand do. Of large images only as many are looked at as the
             network's values of fit in a few gigabytes.
-        budget: bytes of the uncut network's values to keep.
+        budget: bytes to keep for the next selection.
         """
         self.program = program
         self.images = images[: _affordable(program, images.element_size())] if images is not None else None
-        self._samples = Samples(budget)
+        self._memory = Cache(budget)
+        self._stale: frozenset[Hashable] = frozenset()
         self._last: tuple[tuple[Selection, str], Repaired] | None = None
 
-    def __call__(self, selection: Selection, how: str) -> Repaired:
-        """The correction for a selection.
+    def __call__(self, selection: Selection, how: str, wanted: Wanted = always) -> Repaired:
+        """The correction for a selection. What an earlier one has in common with it is not computed again.
 
         Args:
             how: one of :data:`prunelab.plan.REPAIRS`.
+            wanted: asked before every step, some milliseconds apart, whether to go on.
 
         Raises:
+            Stopped: it is not wanted any more. What was found so far is kept for the next time.
             PruneLabError: there is no such repair, or it needs images, or they do not fit the network.
         """
+        images = self._checked(selection, how)
+        if images is None:
+            return Repaired()
+        key = (selection, how)
+        if self._last is None or self._last[0] != key:
+            walk = Walk(Cut(self.program.under(selection), selection), how, images, self._memory, wanted)
+            try:
+                walk.run(self._stale)
+            finally:
+                self._stale = walk.kept
+            self._last = (key, Repaired(walk.found, tuple(dict.fromkeys(walk.left)), len(images)))
+        return self._last[1]
+
+    def quick(self, selection: Selection, how: str, wanted: Wanted = always) -> Repaired | None:
+        """What :mod:`prunelab.repair.quick` makes of it, in milliseconds: to be shown until the repair itself is there.
+
+        None where that would be no quicker: if the repair is there already, or does not solve for weights.
+
+        Raises:
+            as calling the repairer.
+        """
+        images = self._checked(selection, how)
+        there = self._last is not None and self._last[0] == (selection, how)
+        if images is None or there or not how.startswith("least-squares"):
+            return None
+        tensors, left = self._quick(selection, wanted)
+        return Repaired(tensors, tuple(dict.fromkeys(left)), len(self._quick.images))
+
+    @cached_property
+    def _quick(self) -> Quick:
+        assert self.images is not None
+        return Quick(self.program, self.images)
+
+    def _checked(self, selection: Selection, how: str) -> Tensor | None:
+        """The images to repair from, where the weights are; None if there is nothing to repair."""
         if how not in REPAIRS:
             raise unknown("repair", how, REPAIRS)
         if how == "none" or not removes_anything(self.program, selection):
-            return Repaired()
+            return None
         if self.images is None or not len(self.images):
             raise PruneLabError(f"The repair {how!r} needs images: pass a few hundred of the training set.")
-        key = (selection, how)
-        if self._last is None or self._last[0] != key:
-            program = self.program.under(selection)
-            check_images(program, inputs_of(program, self.images))
-            images = self.images.to(next(iter(program.model.parameters())).device)
-            walk = Walk(Cut(program, selection), how, images, self._samples)
-            walk.run()
-            self._last = (key, Repaired(walk.found, tuple(dict.fromkeys(walk.left)), len(images)))
-        return self._last[1]
+        program = self.program.under(selection)
+        check_images(program, inputs_of(program, self.images))
+        return self.images.to(next(iter(program.model.parameters())).device)
 
 
 def repair(program: Program, selection: Selection, how: str, images: Tensor | None) -> Repaired:

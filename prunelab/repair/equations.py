@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunelab.program.nodes import Node
+
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """What is tried as ridge, in units of the mean of the Gram matrix's diagonal."""
 FIXED_RIDGE = 1e-3
@@ -42,11 +44,6 @@ def outputs_at(value: Tensor, channel: int, rows: Tensor) -> Tensor:
     return flat[rows // flat.shape[2], :, rows % flat.shape[2]]
 
 
-def linear_inputs(x: Tensor, rows: Tensor) -> Tensor:
-    """What a linear layer reads at some positions, shape ``(rows, 1, inputs)``."""
-    return outputs_at(x, -1, rows)[:, None]
-
-
 def convolution_inputs(
     x: Tensor, kernel: tuple[int, ...], args: Mapping[str, Any], sizes: tuple[int, ...], rows: Tensor
 ) -> Tensor:
@@ -72,6 +69,19 @@ def convolution_inputs(
     patches = torch.stack([flat[start + offset] for offset in offsets], 1)
     grouped: Tensor = patches.unflatten(2, (int(args["groups"]), -1))
     return grouped.movedim(2, 1).flatten(2)
+
+
+def inputs_at(node: Node, x: Tensor, kernel: tuple[int, ...], args: Mapping[str, Any], rows: Tensor) -> Tensor:
+    """What a linear layer or a convolution reads at some positions of its output, shape ``(rows, groups, inputs)``.
+
+    Args:
+        x: its input; ``kernel`` the lengths of its kernel.
+        args: the node's, as the cut leaves them.
+    """
+    if node.opname == "linear":
+        return outputs_at(x, -1, rows)[:, None]
+    assert node.shape is not None
+    return convolution_inputs(x, kernel, args, node.shape[2:], rows)
 
 
 def as_columns(weight: Tensor, groups: int) -> Tensor:

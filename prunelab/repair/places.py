@@ -262,7 +262,7 @@ def _with_shortcuts(cut: Cut, found: Iterable[Place]) -> list[Place]:
     """
     waits: dict[int, int] = {}
     complete: list[Place] = []
-    if _overwrites(cut.program):
+    if overwrites(cut.program):
         return list(found)
     for place in reversed(list(found)):
         reader, value = sole_reader(cut, place.node if place.norm is None else place.norm)
@@ -293,7 +293,7 @@ def _upstream(program: Program, values: Collection[int], waits: Mapping[int, int
     return found
 
 
-def _overwrites(program: Program) -> bool:
+def overwrites(program: Program) -> bool:
     """Whether a node overwrites the memory of another: then all of them must run, in the order of the user's code."""
     packets = (getattr(node.op, "overloadpacket", None) for node in program.nodes)
     return any(packet is not None and INPLACE.match(packet.__name__) for packet in packets)
@@ -305,7 +305,7 @@ def schedule(program: Program, found: Iterable[Place], wanted: Collection[int]) 
     Args:
         wanted: indices of the nodes whose values are asked for.
     """
-    if _overwrites(program):
+    if overwrites(program):
         return list(range(max(wanted, default=-1) + 1))
     waits = {place.node: place.shortcut for place in found if place.shortcut is not None}
     needed = _upstream(program, wanted, waits)
