@@ -16,20 +16,23 @@ class Stopped(Exception):  # noqa: N818  # it is no error: the user asked for it
     """Long work was asked to stop; what it had finished is kept, nothing is half-written."""
 
 
-def track(items: Iterable[T], what: str, total: int | None, progress: Progress | bool = True) -> Iterator[T]:
+def track(
+    items: Iterable[T], what: str, total: int | None, progress: Progress | bool = True, begun: int = 0
+) -> Iterator[T]:
     """Iterate with progress.
 
     Args:
         progress: True shows a progress bar (tqdm), False shows nothing, a function is called after every
             item.
+        begun: how many of the total were done before these.
 
     Raises:
         Stopped: the function returned False.
     """
     if progress is True:
-        yield from _bar(items, what, total)
+        yield from _bar(items, what, total, begun)
         return
-    for done, item in enumerate(items, start=1):
+    for done, item in enumerate(items, start=begun + 1):
         yield item
         if callable(progress) and progress(done, total, what) is False:
             raise Stopped(what)
@@ -45,12 +48,12 @@ def say_once(text: str) -> None:
         sys.stderr.write(text + "\n")
 
 
-def _bar(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+def _bar(items: Iterable[T], what: str, total: int | None, begun: int) -> Iterator[T]:
     bar: Any = items
     try:
         from tqdm.auto import tqdm
     except ImportError:  # a bare machine with torch alone
         pass
     else:
-        bar = tqdm(items, desc=what, total=total, leave=False)
+        bar = tqdm(items, desc=what, total=total, initial=begun, leave=False)
     yield from bar

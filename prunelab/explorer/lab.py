@@ -31,7 +31,8 @@ from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.saving import export
-from prunelab.train.finetune import Epoch, finetune
+from prunelab.train.finetune import finetune
+from prunelab.train.trainer import Epoch
 
 if TYPE_CHECKING:
     import pandas as pd
