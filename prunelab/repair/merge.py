@@ -68,7 +68,7 @@ def nearest(program: Program, layer: Layer, kept: Iterable[int]) -> NDArray[np.i
     The distance is Euclidean, over all that makes a channel: filters, biases, and the weights of norms.
     """
     stay = np.array(sorted(kept), np.int64)
-    features = torch.cat([_rows(program, slot) for slot in made(program, layer) if program.state(slot.state).numel()], 1)
+    features = torch.cat([_rows(program, slot) for slot in made(program, layer)], 1)
     # Without the shortcut through matrix products, which rounds: the distance of equal filters is exactly zero.
     distances = torch.cdist(features, features[torch.from_numpy(stay)], compute_mode="donot_use_mm_for_euclid_dist")
     found: NDArray[np.int64] = stay[distances.argmin(1).cpu().numpy()]
@@ -166,14 +166,14 @@ class _Trial:
         def noise(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return cast(torch.randn(x.shape, generator=generator).to(x))
+            return cast(torch.randn(x.shape, generator=generator).to(x.device, x.dtype))
 
         def shaken(name: str) -> Tensor:
             """A parameter with noise on it: behind one that is all zeros no difference would be seen."""
             tensor = cast(self.program.state(name))
             if name in buffers or not tensor.is_floating_point():
                 return tensor
-            return tensor + 0.1 * noise(tensor) * tensor.abs().mean().clamp_min(0.1)
+            return torch.add(tensor, noise(tensor) * tensor.abs().mean().clamp_min(0.1), alpha=0.1)
 
         self.states = {name: shaken(name) for name in self.program.state_nodes}
         self.inputs = [noise(x) for x in tree_leaves(self.program.example)]
@@ -200,4 +200,5 @@ def _with_equals(tensor: Tensor, slot: Slot, to: NDArray[np.int64]) -> Tensor:
     """A tensor in which every channel of a slot is a copy of the one that it goes to."""
     source = torch.from_numpy(slot.index[to].reshape(-1)).to(tensor.device)
     target = torch.from_numpy(slot.index.reshape(-1)).to(tensor.device)
-    return tensor.index_copy(slot.dim, target, tensor.index_select(slot.dim, source))
+    found: Tensor = tensor.index_copy(slot.dim, target, tensor.index_select(slot.dim, source))
+    return found

@@ -98,7 +98,7 @@ class Centripetal:
 
     @torch.no_grad()
     def spread(self) -> float:
-        """How far members still are from their cluster's centre: the largest distance, relative to the weights' norm."""
+        """How far members still are from their clusters' centres, relative to the norm; of the worst tensor."""
         worst = 0.0
         for group in self._groups:
             self._move(group)

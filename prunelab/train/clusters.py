@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -34,7 +34,7 @@ class Clusters:
     """
 
     of: Mapping[str, tuple[int, ...]]
-    left: Mapping[str, str] = MappingProxyType({})
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def selection(self) -> Selection:
         """What trimming keeps: the first member of every cluster."""

@@ -62,8 +62,8 @@ class Squeezed:
         """
         if self.departure > LOSSLESS:
             raise PruneLabError(
-                f"Trimming would change outputs by {self.departure:.1e}, more than {LOSSLESS:.0e}: train for longer, or "
-                "with a stronger pull."
+                f"Trimming would change outputs by {self.departure:.1e}, more than {LOSSLESS:.0e}: train for longer, "
+                "or with a stronger pull."
             )
         return commit(self.program, self.clusters.selection(), repair="merge")
 
@@ -109,19 +109,19 @@ def csgd(
     """
     own = ("folder", "every", "progress", "on_epoch")
     given = {name: settings.pop(name) for name in own if name in settings}
-    recipe = recipe or Recipe.of({"lr": 0.03, **settings})
+    how_to = recipe or Recipe.of({"lr": 0.03, **settings})
     images, _ = labelled(val, 64)
     program = trace(model, images[:2])
-    chosen = widths if isinstance(widths, Clusters) else clusters(program, widths, how=how, seed=recipe.seed)
+    chosen = widths if isinstance(widths, Clusters) else clusters(program, widths, how=how, seed=how_to.seed)
     if not chosen.of:
         raise PruneLabError("There is nothing to squeeze: no layer is to lose a channel.")
-    steps = recipe.epochs * steps_per_epoch(train, recipe.batch_size)
-    rates = recipe.lr * sum(recipe.factor(step, steps) for step in range(steps))
-    strength = pull if pull is not None else pull_for(max(rates, 1e-12), decay=recipe.weight_decay)
+    steps = how_to.epochs * steps_per_epoch(train, how_to.batch_size)
+    rates = how_to.lr * sum(how_to.factor(step, steps) for step in range(steps))
+    strength = pull if pull is not None else pull_for(max(rates, 1e-12), decay=how_to.weight_decay)
     centripetal = Centripetal(program, chosen, pull=strength, vector_pull=vector_pull)
-    make = recipe.optimizer or (lambda parameters: _sgd(parameters, recipe))
-    recipe = replace(recipe, optimizer=_attached(make, centripetal), keep="last")
-    table = finetune(model, train, val, recipe=recipe, **given)
+    make = how_to.optimizer or (lambda parameters: _sgd(parameters, how_to))
+    how_to = replace(how_to, optimizer=_attached(make, centripetal), keep="last")
+    table = finetune(model, train, val, recipe=how_to, **given)
     found = departure(program, chosen, images)
     return Squeezed(program, chosen, table, strength, centripetal.spread(), found)
 
@@ -160,7 +160,7 @@ def squeeze_to(
     layers = {layer.name: layer for layer in trace(wide, images).structure.layers}
     missing = sorted(targets.keys() - layers.keys())
     if missing:
-        raise PruneLabError(f"The wide network has no layer {missing[0]!r}: both must be the same but for their widths.")
+        raise PruneLabError(f"The wide network has no layer {missing[0]!r}: only widths may differ.")
     return csgd(wide, train, val, targets, **settings)
 
 
@@ -182,8 +182,8 @@ def _attached(make: Any, centripetal: Centripetal) -> Any:
         return make
 
     def optimizer(parameters: list[nn.Parameter]) -> Optimizer:
-        made = make(parameters)
-        centripetal.attach(made)
-        return made
+        chosen: Optimizer = make(parameters)
+        centripetal.attach(chosen)
+        return chosen
 
     return optimizer

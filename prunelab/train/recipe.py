@@ -65,6 +65,7 @@ class Recipe:
         patience: epochs without a better accuracy before training ends early; None waits to the end.
         norm_images: how many training images the running statistics of batch norms are taken anew from at the end;
             they are kept where the accuracy is higher for it. 0 leaves the statistics of the training.
+        keep: ``"best"`` leaves the network with the weights of its best epoch, ``"last"`` with those of the last.
         seed: of the order of the images and of all that is random in augmentation and network.
     """
 
@@ -87,11 +88,14 @@ class Recipe:
     channels_last: bool | None = None
     patience: int | None = None
     norm_images: int = 2048
+    keep: str = "best"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", str(self.precision), PRECISIONS)
+        if self.keep not in ("best", "last"):
+            raise unknown("epoch to keep", self.keep, ("best", "last"))
         for name, least in {"epochs": 0, "batch_size": 1, "norm_images": 0}.items():
             if getattr(self, name) < least:
                 what = name.replace("_", " ").replace("epochs", "number of epochs")

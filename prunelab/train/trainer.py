@@ -208,7 +208,7 @@ class Trainer:
         at.epoch, at.step, at.seen, at.seconds = row.epoch + 1, 0, 0, 0.0
         at.waited += 1
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        if row.accuracy > self.best.accuracy:
+        if self.recipe.keep == "last" or row.accuracy > self.best.accuracy:
             self.best = Best.of(self.model, row.accuracy)
             at.waited = 0
 
