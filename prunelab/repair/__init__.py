@@ -21,13 +21,16 @@ network, one row per position of its output, *W* and *b* its weights and bias, a
     networks, arXiv 1707.06168, sections 3.1 and 3.2.
 ``least-squares+norm``
     ``least-squares``, and ``norm`` for the norms that no solved layer feeds directly; the others are part of its fit.
+``merge``
+    The removed channels' weights in the layers that read them are added to those of the channels most like them; needs
+    no sample. See :mod:`prunelab.repair.merge`.
 
 Weights under a mask stay zero. What cannot be repaired is named with the reason in :attr:`Repaired.left`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from torch import Tensor
@@ -38,6 +41,7 @@ from prunelab.profile.batches import check_images, inputs_of
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
+from prunelab.repair.merge import merged
 from prunelab.repair.places import Cut
 from prunelab.repair.walk import Samples, Walk
 
@@ -57,16 +61,17 @@ class Repaired(dict[str, Tensor]):
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor] | None = None, left: tuple[tuple[str, str], ...] = (), images: int = 0
+        self, tensors: Mapping[str, Tensor] | None = None, left: Iterable[tuple[str, str]] = (), images: int = 0
     ) -> None:
         super().__init__(tensors or {})
-        self.left = left
+        self.left = tuple(left)
         self.images = images
 
     def __str__(self) -> str:
         """What was done, in one line."""
         left = f", {len(self.left)} layers left as they are" if self.left else ""
-        return f"{len(self)} tensors corrected from {self.images:,} images{left}"
+        source = f" from {self.images:,} images" if self.images else ""
+        return f"{len(self)} tensors corrected{source}{left}"
 
 
 class Repairer:
@@ -96,6 +101,8 @@ class Repairer:
             raise unknown("repair", how, REPAIRS)
         if how == "none" or not removes_anything(self.program, selection):
             return Repaired()
+        if how == "merge":
+            return Repaired(*merged(self.program, selection))
         if self.images is None or not len(self.images):
             raise PruneLabError(f"The repair {how!r} needs images: pass a few hundred of the training set.")
         key = (selection, how)
