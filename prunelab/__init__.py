@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         load_optimizer as load_optimizer,
         save as save,
     )
+    from prunelab.train.csgd import csgd as csgd
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _LATER = {
     "zoo": "prunelab",
     "datasets": "prunelab",
     "carry": "prunelab.optimizers",
+    "csgd": "prunelab.train.csgd",
     **dict.fromkeys(("export", "load", "load_optimizer", "save"), "prunelab.saving"),
 }
 
@@ -78,6 +80,7 @@ __all__ = [
         "commit",
         "cost",
         "criteria_names",
+        "csgd",
         "datasets",
         "explore",
         "export",

@@ -107,6 +107,23 @@ def build(make: Callable[..., Optimizer], memory: Cache, model: nn.Module) -> Op
     return optimizer
 
 
+def refill(optimizer: Optimizer, memory: Cache, model: nn.Module) -> None:
+    """Give an optimizer over a network's parameters a memory in place of its own.
+
+    Raises:
+        PruneLabError: it is of another class or has other groups.
+    """
+    parameters = dict(unwrap(model).named_parameters())
+    own = read(optimizer, model)
+    if (own.kind, [names for names, _ in own.groups]) != (memory.kind, [names for names, _ in memory.groups]):
+        raise PruneLabError(f"This is the memory of a {memory.kind} with other groups, not of this {own.kind}.")
+    for group, (_, values) in zip(optimizer.param_groups, memory.groups, strict=True):
+        group.update(copy.deepcopy(values))
+    optimizer.state.clear()
+    for name, held in memory.state.items():
+        optimizer.state[parameters[name]] = copy.deepcopy(held)
+
+
 def _group(names: tuple[str, ...], values: Values, parameters: Mapping[str, nn.Parameter]) -> Values:
     """A group as an optimizer takes it. The user's own names of its parameters, where there are any, go along."""
     there = [k for k, name in enumerate(names) if name in parameters]

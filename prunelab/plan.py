@@ -31,6 +31,7 @@ REPAIRS: Mapping[str, str] = MappingProxyType(
         "norm": "batch norms take their statistics anew from the cut network",
         "least-squares": "the next layers' weights are chosen anew: their outputs come nearest to what they were",
         "least-squares+norm": "least squares, and new statistics for the norms that it has not fitted",
+        "merge": "what read a removed channel reads the one most like it in its place: exact for equal filters",
     }
 )
 """How surviving weights can be corrected, by name, each in words; formulas and sources: :mod:`prunelab.repair`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.errors import PruneLabError, unknown
 from prunelab.intervals import Floats, half_width, paired_half_width, wilson
+from prunelab.machine import cpu_gains_from_bfloat16
 from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
 from prunelab.program.cache import Cache
 from prunelab.program.guard import random_kept
@@ -383,6 +384,4 @@ def _versions(program: Program) -> tuple[int, ...]:
 def has_bfloat16(program: Program) -> bool:
     """Whether the network lies on a processor that gains from bfloat16."""
     tensors = [program.state(name) for name in program.base.state_nodes]
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    able = found.get("avx512_bf16", False) or found.get("amx_bf16", False)
-    return bool(able) and all(t.device.type == "cpu" for t in tensors)
+    return cpu_gains_from_bfloat16() and all(t.device.type == "cpu" for t in tensors)

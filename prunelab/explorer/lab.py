@@ -38,7 +38,8 @@ from prunelab.repair import Repaired, Repairer
 from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
-from prunelab.train.finetune import Epoch, finetune
+from prunelab.train.finetune import finetune
+from prunelab.train.trainer import Epoch
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 import numpy as np
@@ -66,8 +66,8 @@ class Layer:
     kind: str
     channels: int
     producers: tuple[tuple[str, int], ...]
-    slots: tuple[Slot, ...]
-    labels: Ids
+    slots: tuple[Slot, ...] = field(repr=False)
+    labels: Ids = field(repr=False)
     pinned: str
     stage: str
     sites: tuple[int, ...]

@@ -21,13 +21,16 @@ network, one row per position of its output, *W* and *b* its weights and bias, a
     networks, arXiv 1707.06168, sections 3.1 and 3.2.
 ``least-squares+norm``
     ``least-squares``, and ``norm`` for the norms that no solved layer feeds directly; the others are part of its fit.
+``merge``
+    The removed channels' weights in the layers that read them are added to those of the channels most like them; needs
+    no sample. See :mod:`prunelab.repair.merge`.
 
 Weights under a mask stay zero. What cannot be repaired is named with the reason in :attr:`Repaired.left`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cached_property
 from math import prod
 
@@ -40,6 +43,7 @@ from prunelab.program.cache import GIB, Cache
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
+from prunelab.repair.merge import merged
 from prunelab.repair.places import Cut
 from prunelab.repair.quick import Quick
 from prunelab.repair.values import Wanted, always
@@ -61,16 +65,17 @@ class Repaired(dict[str, Tensor]):
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor] | None = None, left: tuple[tuple[str, str], ...] = (), images: int = 0
+        self, tensors: Mapping[str, Tensor] | None = None, left: Iterable[tuple[str, str]] = (), images: int = 0
     ) -> None:
         super().__init__(tensors or {})
-        self.left = left
+        self.left = tuple(left)
         self.images = images
 
     def __str__(self) -> str:
         """What was done, in one line."""
         left = f", {len(self.left)} layers left as they are" if self.left else ""
-        return f"{len(self)} tensors corrected from {self.images:,} images{left}"
+        source = f" from {self.images:,} images" if self.images else ""
+        return f"{len(self)} tensors corrected{source}{left}"
 
 
 class Repairer:
@@ -99,6 +104,8 @@ class Repairer:
             Stopped: it is not wanted any more. What was found so far is kept for the next time.
             PruneLabError: there is no such repair, or it needs images, or they do not fit the network.
         """
+        if how == "merge":
+            return Repaired(*merged(self.program, selection))
         images = self._checked(selection, how)
         if images is None:
             return Repaired()
@@ -120,9 +127,9 @@ class Repairer:
         Raises:
             as calling the repairer.
         """
-        images = self._checked(selection, how)
         there = self._last is not None and self._last[0] == (selection, how)
-        if images is None or there or not how.startswith("least-squares"):
+        images = None if there or how == "merge" else self._checked(selection, how)
+        if images is None or not how.startswith("least-squares"):
             return None
         tensors, left = self._quick(selection, wanted)
         return Repaired(tensors, tuple(dict.fromkeys(left)), len(self._quick.images))

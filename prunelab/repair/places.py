@@ -28,7 +28,7 @@ MOST_UNKNOWNS = 8192
 # Here what survives sees what is gone beside it, though the channels stay apart.
 _MIXING = {"layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "cumsum"}
 # The dimension of a weight that its operator sums over.
-_SUMMED = {
+SUMMED = {
     **dict.fromkeys((*CONVOLUTIONS, "linear"), 1),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), 0),
 }
@@ -141,7 +141,7 @@ class Cut:
         if any(self.program.nodes[i].target in self._zeroed for i in node.inputs):
             return True
         values = self.program.structure.values
-        summed = _SUMMED.get(node.opname)
+        summed = SUMMED.get(node.opname)
         weight = self.state_of(node.args.get("weight"))
         if summed is not None and weight is not None and int(node.args.get("groups", 1)) == 1:
             # The outputs may be of the same classes as the inputs: they do not show that an input is gone.

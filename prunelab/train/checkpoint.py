@@ -1,0 +1,132 @@
+"""Checkpoints: tensors as safetensors, the rest as JSON, in a folder that belongs to one run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
+
+from prunelab.errors import PruneLabError
+from prunelab.profile.store import digest_data, digest_tensor
+from prunelab.program.guard import random_kept
+from prunelab.program.trace import state_tensors
+from prunelab.saving import Record, read_folder, write_folder
+from prunelab.train.chance import seed_all
+from prunelab.train.recipe import Recipe
+
+NAME = "training"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run this run and no other.
+
+    Attributes:
+        facts: the network's structure, the data and every setting, in words or digests, by what they are.
+        weights: digest of the weights that it begins with.
+    """
+
+    facts: Mapping[str, str]
+    weights: str
+
+
+def identity(model: nn.Module, train: Any, val: Any, recipe: Recipe) -> Identity:
+    """The identity of a run that is about to begin. Data is told apart as profiles tell it apart."""
+    shapes = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in state_tensors(model).items()]
+    return Identity(
+        {
+            "network": f"{type(model).__name__} {hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()}",
+            "training set": _data(train),
+            "validation set": _data(val),
+            **{each.name: _said(getattr(recipe, each.name)) for each in fields(recipe)},
+        },
+        digest_of(model),
+    )
+
+
+def digest_of(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """A name for a network's weights and buffers."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, tensor in (state_tensors(model) if isinstance(model, nn.Module) else model).items():
+        hasher.update(name.encode())
+        digest_tensor(hasher, tensor)
+    return hasher.hexdigest()
+
+
+def _data(data: Any) -> str:
+    dataset = getattr(data, "dataset", data)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return f"a {type(dataset).__name__}"
+    with random_kept():
+        # Random transforms give the same items in every process.
+        seed_all("identity")
+        return digest_data(data)
+
+
+def _said(value: Any) -> str:
+    """A setting in words that are the same in another process."""
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__} {digest_of(value)}"
+    if isinstance(value, Mapping):
+        return digest_of(value) if value else "none"
+    if value is None or isinstance(value, bool | int | float | str | Optimizer) or is_dataclass(value):
+        return repr(value)
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+class Checkpoints:
+    """The checkpoint of one run in its folder: the newest alone is kept."""
+
+    def __init__(self, folder: Path | str, run: Identity) -> None:
+        self.folder = Path(folder)
+        self.run = run
+
+    def read(self) -> tuple[dict[str, Tensor], Record] | None:
+        """Tensors and record of the last checkpoint, or None where the run has none yet.
+
+        Raises:
+            PruneLabError: the folder holds another run's, or a damaged one.
+        """
+        if not (self.folder / f"{NAME}.json").exists():
+            return None
+        tensors, record = read_folder(self.folder, NAME)
+        reason = self._other(record)
+        if reason:
+            raise PruneLabError(
+                f"The checkpoint in {self.folder} is of another run: {reason}. Nothing was changed; give this run a "
+                "folder of its own."
+            )
+        return tensors, record
+
+    def _other(self, record: Record) -> str:
+        """What tells the run in the folder from this one, or ""."""
+        facts = record["run"]
+        for name, now in self.run.facts.items():
+            if facts.get(name) != now:
+                return f"{name} was {facts.get(name)}, and is {now}"
+        return "" if self.run.weights in record["weights"] else "it began with other weights"
+
+    def write(self, tensors: Mapping[str, Tensor], record: Record, left: str) -> None:
+        """Put a checkpoint in the place of the last one, in one step.
+
+        Args:
+            left: digest of the weights that the run would leave if it ended here: whoever comes with them goes on.
+
+        Raises:
+            PruneLabError: the folder cannot be written.
+        """
+        self._clear()
+        head = {"run": dict(self.run.facts), "weights": [self.run.weights, left]}
+        write_folder(self.folder, NAME, tensors, {**head, **record})
+
+    def _clear(self) -> None:
+        """What a process left unfinished when it was killed."""
+        for unfinished in self.folder.glob(".unfinished-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
