@@ -32,7 +32,7 @@ from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.saving import export
 from prunelab.train.finetune import finetune
-from prunelab.train.trainer import Epoch
+from prunelab.train.position import Epoch
 
 if TYPE_CHECKING:
     import pandas as pd

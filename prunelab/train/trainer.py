@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -21,75 +19,20 @@ from prunelab.program.trace import state_tensors
 from prunelab.progress import Progress, Stopped, track
 from prunelab.saving import Record
 from prunelab.train.chance import seed_all, seed_of
-from prunelab.train.checkpoint import Checkpoints, digest_of
+from prunelab.train.checkpoint import Checkpoints
 from prunelab.train.data import Batch, Held, check_classes, training_source
 from prunelab.train.evaluate import Judge
 from prunelab.train.masks import Masks
 from prunelab.train.memory import halving
 from prunelab.train.norms import mean_over_processes, running, take_anew
 from prunelab.train.objective import Objective, main_output
+from prunelab.train.position import Best, Epoch, Position
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import Shell, laid_out, lay_out_like_parameters
 
 # On a GPU reading the loss waits for the device: so many steps go by unread.
 _LOOK_EVERY = 20
 _MODEL, _BEST = "model:", "best:"
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: mean training loss, validation accuracy (0 to 1), last learning rate, seconds."""
-
-    epoch: int
-    loss: float
-    accuracy: float
-    lr: float
-    seconds: float
-
-
-@dataclass
-class Position:
-    """How far a training is.
-
-    Attributes:
-        epoch: the one that runs, from 1; 0 before the first.
-        step: steps of it that are done.
-        seconds: what it has taken so far.
-        seen: images of it that this process has been trained on.
-        at_once: images that go through the network together; 0 stands for whole batches.
-        waited: epochs since the best one.
-        done: whether nothing is left to do.
-        rows: epochs that are finished.
-        notes: what was decided on the way, in words.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    seen: int = 0
-    at_once: int = 0
-    waited: int = 0
-    done: bool = False
-    rows: list[Epoch] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best epoch's accuracy, and its weights and buffers by name."""
-
-    accuracy: float
-    tensors: Mapping[str, Tensor]
-
-    @staticmethod
-    def of(model: nn.Module, accuracy: float) -> Best:
-        """What a network is now."""
-        return Best(accuracy, {name: t.detach().clone() for name, t in state_tensors(model).items()})
-
-    @cached_property
-    def digest(self) -> str:
-        """A name for the tensors."""
-        return digest_of(self.tensors)
 
 
 class Trainer:
@@ -129,8 +72,8 @@ class Trainer:
         }
 
     def _check_classes(self, train: Any, val: Any, outputs: Any) -> None:
-        names: list[Any] = [getattr(getattr(each, "dataset", each), "classes", None) for each in (train, val)]
-        if all(names) and list(map(str, names[0])) != list(map(str, names[1])):
+        names = [getattr(getattr(each, "dataset", each), "classes", None) for each in (train, val)]
+        if all(isinstance(each, tuple | list) for each in names) and names[0] != names[1]:
             raise PruneLabError("The validation set has other classes than the training set: both must have the same.")
         classes = main_output(outputs).shape[-1]
         if isinstance(self.source, Held) and self.objective.needs_classes:
