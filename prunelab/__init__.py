@@ -27,7 +27,10 @@ from prunelab.program.program import (
 )
 from prunelab.program.selection import DENSE as DENSE, Selection as Selection
 from prunelab.progress import Stopped as Stopped
+from prunelab.train.augment import Augment as Augment
 from prunelab.train.finetune import finetune as finetune
+from prunelab.train.iterative import iterative as iterative
+from prunelab.train.recipe import Recipe as Recipe
 
 if TYPE_CHECKING:
     from prunelab import datasets as datasets, zoo as zoo
@@ -56,6 +59,7 @@ _LATER = {
 __all__ = [
     *(
         "DENSE",
+        "Augment",
         "Estimate",
         "Lab",
         "Plan",
@@ -63,6 +67,7 @@ __all__ = [
         "Profile",
         "Program",
         "PruneLabError",
+        "Recipe",
         "Selection",
         "Setting",
     ),
@@ -76,6 +81,7 @@ __all__ = [
         "explore",
         "export",
         "finetune",
+        "iterative",
         "load",
         "load_optimizer",
         "profile",

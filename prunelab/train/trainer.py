@@ -167,7 +167,8 @@ class Trainer:
             return
         steps = -(-self.recipe.norm_images // self.recipe.batch_size)
         batches = islice(self.source.epoch(self.recipe.epochs + 1), steps)
-        take_anew(self.model, norms, (batch.to(self.device) for batch in batches))
+        parts = (part for batch in batches for part in batch.split(self.at.at_once or len(batch)))
+        take_anew(self.model, norms, (part.to(self.device) for part in parts))
         if self.accelerator.num_processes > 1:
             mean_over_processes(
                 (b for norm in norms for b in norm.buffers() if b.is_floating_point()), self.accelerator
