@@ -139,11 +139,10 @@ class Trainer:
             if at.step % every == 0 and at.step < len(self.source):
                 self._keep(checkpoints)
         self._check_finite()
-        seen = self.loss_sum.new_tensor(at.seen)
-        total, seen = self.accelerator.reduce(torch.stack([self.loss_sum, seen]), "sum").tolist()
+        total, seen = self._loss_of_all()
         rate = max(group["lr"] for group in self.own_optimizer.param_groups)
         accuracy = self._judged()
-        self._end_epoch(Epoch(at.epoch, total / max(seen, 1.0), accuracy, rate, time.perf_counter() - began))
+        self._end_epoch(Epoch(at.epoch, total / max(seen, 1), accuracy, rate, time.perf_counter() - began))
 
     def _end_epoch(self, row: Epoch) -> None:
         at = self.at
@@ -249,6 +248,20 @@ class Trainer:
                 "The training loss is not finite; the last good weights are kept. A smaller lr may help."
             )
 
+    def _loss_of_all(self) -> tuple[float, int]:
+        """The sum of the losses of the epoch so far, and of how many images, over all processes."""
+        if self.accelerator.num_processes == 1:
+            return float(self.loss_sum), self.at.seen
+        both = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.at.seen)])
+        total, seen = self.accelerator.reduce(both, "sum").tolist()
+        return total, int(seen)
+
+    def _count(self, total: float, seen: int) -> None:
+        """The main process counts for all so far: its checkpoint is everybody's."""
+        main = self.accelerator.is_main_process
+        self.loss_sum.fill_(total if main else 0.0)
+        self.at.seen = seen if main else 0
+
     def _judged(self) -> float:
         """Accuracy, with the main process's norm statistics in all processes."""
         if self.accelerator.num_processes > 1:
@@ -274,6 +287,7 @@ class Trainer:
         if checkpoints is None:
             return
         self._check_finite()
+        self._count(*self._loss_of_all())
         if self.accelerator.is_main_process:
             checkpoints.write(*self.described(), self.best.digest)
         self.accelerator.wait_for_everyone()
@@ -286,7 +300,6 @@ class Trainer:
         """
         tensors = {f"{_MODEL}{name}": t for name, t in state_tensors(self.model).items()}
         tensors |= {f"{_BEST}{name}": t for name, t in self.best.tensors.items()}
-        tensors["loss_sum"] = self.loss_sum
 
         def hold(tensor: Tensor) -> str:
             name = f"optimizer:{len(tensors)}"
@@ -296,6 +309,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         record = {
             "at": {**vars(self.at), "rows": [vars(row) for row in self.at.rows]},
+            "loss": float(self.loss_sum),
             "best": self.best.accuracy,
             "optimizer": to_record(read(self.own_optimizer, self.model), hold),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -311,7 +325,7 @@ class Trainer:
         for name, tensor in best.items():
             tensor.detach().copy_(tensors[f"{_BEST}{name}"])
         self.best = Best(record["best"], best)
-        self.loss_sum.copy_(tensors["loss_sum"])
+        self._count(record["loss"], self.at.seen)
         refill(self.own_optimizer, from_record(record["optimizer"], tensors.__getitem__, self.model), self.model)
         lay_out_like_parameters(self.own_optimizer)
         if record["scaler"] is not None and self.accelerator.scaler is not None:

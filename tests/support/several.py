@@ -1,4 +1,4 @@
-"""A training in several processes; started by ``accelerate launch``."""
+"""A training in several processes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def trained(kind: str, folder: Path | None = None, stop_after: int = 10**9) -> t
     model = Plain().double().requires_grad_(True)
     for part in (model.norm, model.drop):
         part.requires_grad_(False)
-    train, val = (
-        TensorDataset(t.tensors[0].double(), t.tensors[1]) for t in (killed.images(44, 0), killed.images(31, 1))
-    )
+    sets = (killed.images(44, 0), killed.images(31, 1))
+    train, val = (TensorDataset(each.tensors[0].double(), each.tensors[1]) for each in sets)
     calls: list[int] = []
 
     def progress(done: int, total: int | None, what: str) -> bool:
