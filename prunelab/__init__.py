@@ -30,7 +30,10 @@ from prunelab.program.program import (
 from prunelab.program.selection import DENSE as DENSE, Selection as Selection
 from prunelab.progress import Stopped as Stopped
 from prunelab.sensitivity import Sensitivity as Sensitivity, sensitivity as sensitivity
+from prunelab.train.augment import Augment as Augment
 from prunelab.train.finetune import finetune as finetune
+from prunelab.train.iterative import iterative as iterative
+from prunelab.train.recipe import Recipe as Recipe
 
 if TYPE_CHECKING:
     from prunelab import datasets as datasets, zoo as zoo
@@ -61,6 +64,7 @@ _LATER = {
 __all__ = [
     *(
         "DENSE",
+        "Augment",
         "Estimate",
         "Lab",
         "Latency",
@@ -70,6 +74,7 @@ __all__ = [
         "Profile",
         "Program",
         "PruneLabError",
+        "Recipe",
         "Selection",
         "Sensitivity",
         "Setting",
@@ -86,6 +91,7 @@ __all__ = [
         "export",
         "finetune",
         "latency",
+        "iterative",
         "load",
         "load_optimizer",
         "profile",

@@ -34,7 +34,7 @@ from prunelab.explorer.worker import Worker
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.progress import Stopped
-from prunelab.train.trainer import Epoch
+from prunelab.train.position import Epoch
 
 # Two changes closer than this are one movement of the hand: one step of undo.
 _ONE_MOVEMENT = 1.0

@@ -39,7 +39,8 @@ from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
 from prunelab.train.finetune import finetune
-from prunelab.train.trainer import Epoch
+from prunelab.train.masks import with_masks
+from prunelab.train.position import Epoch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -327,12 +328,7 @@ class Lab:
 
     def _masked(self, selection: Selection) -> Selection:
         """The selection with the masks that earlier commits left."""
-        if not self.stage.masks:
-            return selection
-        joined = {**self.stage.masks, **selection.masks}
-        for name in set(self.stage.masks) & set(selection.masks):
-            joined[name] = self.stage.masks[name].cpu() & selection.masks[name]
-        return replace(selection, masks=joined)
+        return with_masks(selection, self.stage.masks)
 
     # Measuring ---------------------------------------------
 

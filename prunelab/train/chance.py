@@ -19,8 +19,11 @@ def seed_of(*place: int | str) -> int:
 
 
 def seed_all(*place: int | str) -> None:
-    """Start every global generator (Python's, NumPy's, PyTorch's on all devices) at the place's number."""
+    """Start every global generator (Python's, NumPy's, PyTorch's on CPU and GPUs) at the place's number."""
     seed = seed_of(*place)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # it is the state that users' data sets draw from
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: on a machine without a GPU it remembers every call, with its traceback, for the day of one.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)

@@ -87,6 +87,7 @@ class Checkpoints:
     def __init__(self, folder: Path | str, run: Identity) -> None:
         self.folder = Path(folder)
         self.run = run
+        self._first_weights = run.weights
 
     def read(self) -> tuple[dict[str, Tensor], Record] | None:
         """Tensors and record of the last checkpoint, or None where the run has none yet.
@@ -103,6 +104,8 @@ class Checkpoints:
                 f"The checkpoint in {self.folder} is of another run: {reason}. Nothing was changed; give this run a "
                 "folder of its own."
             )
+        # Not those that it goes on with now: whoever has the first ones may go on as well.
+        self._first_weights = record["weights"][0]
         return tensors, record
 
     def _other(self, record: Record) -> str:
@@ -123,7 +126,7 @@ class Checkpoints:
             PruneLabError: the folder cannot be written.
         """
         self._clear()
-        head = {"run": dict(self.run.facts), "weights": [self.run.weights, left]}
+        head = {"run": dict(self.run.facts), "weights": [self._first_weights, left]}
         write_folder(self.folder, NAME, tensors, {**head, **record})
 
     def _clear(self) -> None:

@@ -12,9 +12,10 @@ from prunelab.errors import PruneLabError
 from prunelab.program.guard import random_kept
 from prunelab.progress import Progress
 from prunelab.train.checkpoint import Checkpoints, identity
+from prunelab.train.position import Epoch
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import accelerated, as_it_was
-from prunelab.train.trainer import Epoch, Trainer
+from prunelab.train.trainer import Trainer
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -21,75 +19,20 @@ from prunelab.program.trace import state_tensors
 from prunelab.progress import Progress, Stopped, track
 from prunelab.saving import Record
 from prunelab.train.chance import seed_all, seed_of
-from prunelab.train.checkpoint import Checkpoints, digest_of
+from prunelab.train.checkpoint import Checkpoints
 from prunelab.train.data import Batch, Held, check_classes, training_source
 from prunelab.train.evaluate import Judge
 from prunelab.train.masks import Masks
 from prunelab.train.memory import halving
 from prunelab.train.norms import mean_over_processes, running, take_anew
 from prunelab.train.objective import Objective, main_output
+from prunelab.train.position import Best, Epoch, Position
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import Shell, laid_out, lay_out_like_parameters
 
 # On a GPU reading the loss waits for the device: so many steps go by unread.
 _LOOK_EVERY = 20
 _MODEL, _BEST = "model:", "best:"
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: mean training loss, validation accuracy (0 to 1), last learning rate, seconds."""
-
-    epoch: int
-    loss: float
-    accuracy: float
-    lr: float
-    seconds: float
-
-
-@dataclass
-class Position:
-    """How far a training is.
-
-    Attributes:
-        epoch: the one that runs, from 1; 0 before the first.
-        step: steps of it that are done.
-        seconds: what it has taken so far.
-        seen: images of it that this process has been trained on.
-        at_once: images that go through the network together; 0 stands for whole batches.
-        waited: epochs since the best one.
-        done: whether nothing is left to do.
-        rows: epochs that are finished.
-        notes: what was decided on the way, in words.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    seen: int = 0
-    at_once: int = 0
-    waited: int = 0
-    done: bool = False
-    rows: list[Epoch] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best epoch's accuracy, and its weights and buffers by name."""
-
-    accuracy: float
-    tensors: Mapping[str, Tensor]
-
-    @staticmethod
-    def of(model: nn.Module, accuracy: float) -> Best:
-        """What a network is now."""
-        return Best(accuracy, {name: t.detach().clone() for name, t in state_tensors(model).items()})
-
-    @cached_property
-    def digest(self) -> str:
-        """A name for the tensors."""
-        return digest_of(self.tensors)
 
 
 class Trainer:
@@ -129,8 +72,8 @@ class Trainer:
         }
 
     def _check_classes(self, train: Any, val: Any, outputs: Any) -> None:
-        names: list[Any] = [getattr(getattr(each, "dataset", each), "classes", None) for each in (train, val)]
-        if all(names) and list(map(str, names[0])) != list(map(str, names[1])):
+        names = [getattr(getattr(each, "dataset", each), "classes", None) for each in (train, val)]
+        if all(isinstance(each, tuple | list) for each in names) and names[0] != names[1]:
             raise PruneLabError("The validation set has other classes than the training set: both must have the same.")
         classes = main_output(outputs).shape[-1]
         if isinstance(self.source, Held) and self.objective.needs_classes:
@@ -196,11 +139,10 @@ class Trainer:
             if at.step % every == 0 and at.step < len(self.source):
                 self._keep(checkpoints)
         self._check_finite()
-        seen = self.loss_sum.new_tensor(at.seen)
-        total, seen = self.accelerator.reduce(torch.stack([self.loss_sum, seen]), "sum").tolist()
+        total, seen = self._loss_of_all()
         rate = max(group["lr"] for group in self.own_optimizer.param_groups)
         accuracy = self._judged()
-        self._end_epoch(Epoch(at.epoch, total / max(seen, 1.0), accuracy, rate, time.perf_counter() - began))
+        self._end_epoch(Epoch(at.epoch, total / max(seen, 1), accuracy, rate, time.perf_counter() - began))
 
     def _end_epoch(self, row: Epoch) -> None:
         at = self.at
@@ -224,7 +166,8 @@ class Trainer:
             return
         steps = -(-self.recipe.norm_images // self.recipe.batch_size)
         batches = islice(self.source.epoch(self.recipe.epochs + 1), steps)
-        take_anew(self.model, norms, (batch.to(self.device) for batch in batches))
+        parts = (part for batch in batches for part in batch.split(self.at.at_once or len(batch)))
+        take_anew(self.model, norms, (part.to(self.device) for part in parts))
         if self.accelerator.num_processes > 1:
             mean_over_processes(
                 (b for norm in norms for b in norm.buffers() if b.is_floating_point()), self.accelerator
@@ -305,6 +248,20 @@ class Trainer:
                 "The training loss is not finite; the last good weights are kept. A smaller lr may help."
             )
 
+    def _loss_of_all(self) -> tuple[float, int]:
+        """The sum of the losses of the epoch so far, and of how many images, over all processes."""
+        if self.accelerator.num_processes == 1:
+            return float(self.loss_sum), self.at.seen
+        both = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.at.seen)])
+        total, seen = self.accelerator.reduce(both, "sum").tolist()
+        return total, int(seen)
+
+    def _count(self, total: float, seen: int) -> None:
+        """The main process counts for all so far: its checkpoint is everybody's."""
+        main = self.accelerator.is_main_process
+        self.loss_sum.fill_(total if main else 0.0)
+        self.at.seen = seen if main else 0
+
     def _judged(self) -> float:
         """Accuracy, with the main process's norm statistics in all processes."""
         if self.accelerator.num_processes > 1:
@@ -330,6 +287,7 @@ class Trainer:
         if checkpoints is None:
             return
         self._check_finite()
+        self._count(*self._loss_of_all())
         if self.accelerator.is_main_process:
             checkpoints.write(*self.described(), self.best.digest)
         self.accelerator.wait_for_everyone()
@@ -342,7 +300,6 @@ class Trainer:
         """
         tensors = {f"{_MODEL}{name}": t for name, t in state_tensors(self.model).items()}
         tensors |= {f"{_BEST}{name}": t for name, t in self.best.tensors.items()}
-        tensors["loss_sum"] = self.loss_sum
 
         def hold(tensor: Tensor) -> str:
             name = f"optimizer:{len(tensors)}"
@@ -352,6 +309,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         record = {
             "at": {**vars(self.at), "rows": [vars(row) for row in self.at.rows]},
+            "loss": float(self.loss_sum),
             "best": self.best.accuracy,
             "optimizer": to_record(read(self.own_optimizer, self.model), hold),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -367,7 +325,7 @@ class Trainer:
         for name, tensor in best.items():
             tensor.detach().copy_(tensors[f"{_BEST}{name}"])
         self.best = Best(record["best"], best)
-        self.loss_sum.copy_(tensors["loss_sum"])
+        self._count(record["loss"], self.at.seen)
         refill(self.own_optimizer, from_record(record["optimizer"], tensors.__getitem__, self.model), self.model)
         lay_out_like_parameters(self.own_optimizer)
         if record["scaler"] is not None and self.accelerator.scaler is not None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import prunelab as pl
 from prunelab import zoo
 from prunelab.datasets import ImageSet
-from prunelab.train.trainer import Epoch
+from prunelab.train.position import Epoch
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,153 @@
+"""Images per second of fine-tuning: against a loop written by hand, and against a DataLoader with transforms.
+
+``python tests/bench/train.py CIFAR10`` prints one table, CIFAR10 a ``.npz`` of the set. Both sides of a row train copies of
+one network on the same images, in turn in one run, so that their ratio holds on a busy machine too; the ratio is the
+median over the turns. On a CPU processor seconds are counted; a loader then has no workers, so that it is all counted.
+
+1. The same tensors at the same precision: ``finetune`` against index, forward, backward, step, as one would write it.
+2. With flips and padded crops: tensors augmented on the device against torchvision's transforms of CIFAR-10's uint8 images,
+   image by image in a DataLoader, both trained by ``finetune``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+import torchvision.transforms as transforms
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import prunelab as pl
+from prunelab import zoo
+from prunelab.datasets import CIFAR10_MEAN, CIFAR10_STD
+from prunelab.train.setting import best_precision
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Transformed(Dataset[tuple[Tensor, int]]):
+    """CIFAR-10 as torchvision gives it: a PIL image at a time, transformed."""
+
+    def __init__(self, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
+        self.images, self.labels = images, labels
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def by_hand(model: nn.Module, images: Tensor, labels: Tensor, batch: int, precision: str, epochs: int) -> None:
+    """The plain loop, in the memory layout that is the faster one for filters."""
+    model.to(DEVICE, memory_format=torch.channels_last).train()
+    images, labels = images.to(DEVICE), labels.to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = epochs * -(-len(images) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images)).to(DEVICE).split(batch):
+            with torch.autocast(DEVICE.type, DTYPES[precision], enabled=precision != "no"):
+                loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def seconds(work: Callable[[], object], processor: bool) -> float:
+    """How long it takes, on a CPU in processor seconds if asked."""
+    clock = time.process_time if processor else time.perf_counter
+    if GPU:
+        torch.cuda.synchronize()
+    started = clock()
+    work()
+    if GPU:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def tuned(model: nn.Module, train: Any, val: Any, **settings: Any) -> Callable[[], object]:
+    """A fine-tuning without what a loop by hand does not do: it measures on two images."""
+    return lambda: pl.finetune(model, train, val, progress=False, norm_images=0, **settings)
+
+
+def main() -> int:
+    """Time the pairs and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cifar10", type=Path)
+    parser.add_argument("--images", type=int, default=50_000 if GPU else 1280)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=2 if GPU else 1)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=8 if GPU else 0, help="of the loader with transforms")
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    with np.load(asked.cifar10) as file:
+        raw, numbers = file["x_train"][: asked.images], file["y_train"][: asked.images].reshape(-1).astype(np.int64)
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (CIFAR10_MEAN, CIFAR10_STD))
+    images, labels = (torch.from_numpy(raw).permute(0, 3, 1, 2) / 255 - mean) / std, torch.from_numpy(numbers)
+    held, val = TensorDataset(images, labels), TensorDataset(images[:2], labels[:2])
+    loader = DataLoader(
+        Transformed(raw, numbers), asked.batch, shuffle=True, num_workers=asked.workers, pin_memory=GPU
+    )  # fmt: skip
+    best = best_precision()
+    chip = torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine()
+    print(
+        f"{chip}; {asked.threads} threads; batch {asked.batch}, {asked.images:,} images, {asked.epochs} epochs a turn"
+    )
+    print(f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}")
+    print("\n| network | what | precision | images/s | against | images/s | ratio |")
+    print("| --- | --- | --- | ---: | --- | ---: | ---: |")
+    for name, make in {"ResNet-20": zoo.resnet20, "ResNet-56": zoo.resnet56}.items():
+        network = make().to(DEVICE)
+        settings: dict[str, Any] = {"epochs": asked.epochs, "batch_size": asked.batch}
+        augment = pl.Augment(flip=True, crop=4)
+        for precision in dict.fromkeys(("no", best)):
+            plain = tuned(copy.deepcopy(network), held, val, precision=precision, **settings)
+            hand = copy.deepcopy(network)
+            report(name, "finetune", precision, plain, "a loop by hand", lambda hand=hand, precision=precision: by_hand(
+                hand, images, labels, asked.batch, precision, asked.epochs), asked)  # fmt: skip
+        report(name, "augmented on the device", best,
+               tuned(copy.deepcopy(network), held, val, augment=augment, precision=best, **settings),
+               f"loader, transforms, {asked.workers} workers",
+               tuned(copy.deepcopy(network), loader, val, precision=best, **settings), asked)  # fmt: skip
+    return 0
+
+
+def report(
+    name: str,
+    what: str,
+    precision: str,
+    ours: Callable[[], object],
+    other: str,
+    theirs: Callable[[], object],
+    asked: Any,
+) -> None:
+    """Time two ways in turn and print a row."""
+    pairs = [(seconds(ours, not GPU), seconds(theirs, not GPU)) for _ in range(asked.turns + 1)][1:]
+    count = asked.images * asked.epochs
+    mine, its = (count / float(np.median(each)) for each in zip(*pairs, strict=True))
+    ratio = float(np.median([b / a for a, b in pairs]))
+    print(f"| {name} | {what} | {precision} | {mine:,.0f} | {other} | {its:,.0f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
