@@ -1,12 +1,13 @@
 """Images per second of fine-tuning: against a loop written by hand, and against a DataLoader with transforms.
 
-``python tests/bench/train.py CIFAR10`` prints one table, CIFAR10 a ``.npz`` of the set. Both sides of a row train copies of
-one network on the same images, in turn in one run, so that their ratio holds on a busy machine too; the ratio is the
-median over the turns. On a CPU processor seconds are counted; a loader then has no workers, so that it is all counted.
+``python tests/bench/train.py CIFAR10`` prints one table, CIFAR10 a ``.npz`` of the set. Both sides of a row train
+copies of one network on the same images, in turn in one run, so that their ratio holds on a busy machine too; the
+ratio is the median over the turns. On a CPU processor seconds are counted; a loader then has no workers, so that it
+is all counted.
 
 1. The same tensors at the same precision: ``finetune`` against index, forward, backward, step, as one would write it.
-2. With flips and padded crops: tensors augmented on the device against torchvision's transforms of CIFAR-10's uint8 images,
-   image by image in a DataLoader, both trained by ``finetune``.
+2. With flips and padded crops: tensors augmented on the device against torchvision's transforms of CIFAR-10's uint8
+   images, image by image in a DataLoader, both trained by ``finetune``.
 """
 
 from __future__ import annotations
