@@ -126,9 +126,9 @@ class Preview:
             labels: shape ``(images,)``, class numbers; with a ``score`` of your own whatever that takes, one per
                 image.
             score: what to measure instead of accuracy.
-            memory: where values are kept for the next selection; 1 GiB of its own unless given. Several previews
-                may share one. Its budget holds for what is kept and what is under way, with at least eight images at
-                once; sliced copies of the weights and some 10 MiB for kernels come on top.
+            memory: where values are kept for the next selection; what the machine can spare unless given. Several
+                previews may share one. Its budget holds for what is kept and what is under way, with at least eight
+                images at once; sliced copies of the weights and some 10 MiB for kernels come on top.
 
         Raises:
             PruneLabError: shapes that do not fit each other or the network.
