@@ -72,12 +72,12 @@ def _loss(axes: Any, course: Course, c: Mapping[str, str]) -> None:
 
 def _accuracy(axes: Any, course: Course, c: Mapping[str, str]) -> None:
     axes.set(xlabel="epoch", ylabel="accuracy (%)")
-    rows, best = course.rows, course.best
+    rows = course.rows
     axes.plot([row.epoch for row in rows], [100 * row.accuracy for row in rows], "-o", ms=3.5, lw=1.4, color=c["kept"],
               label="validation")  # fmt: skip
-    if best is not None:
-        label = f"best: {best.accuracy:.2%}"
-        axes.plot([best.epoch], [100 * best.accuracy], "D", ms=5, color=c["mark"], label=label)
+    if rows:
+        kept, word = course.kept, "last" if course.kind == "squeeze" else "best"
+        axes.plot([kept.epoch], [100 * kept.accuracy], "D", ms=5, color=c["mark"], label=f"{word}: {kept.accuracy:.2%}")
     if course.reference is not None:
         label = f"unpruned: {course.reference:.2%}"
         axes.axhline(100 * course.reference, color=c["faint"], lw=1, ls="--", label=label)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SAY_EVERY, _DRAW_EVERY = 0.25, 0.5
 _DRAWING_SHARE = 0.1
 """Of the time that is spent on drawing at most: it is taken from the training."""
+_FAILED = "Failed: everything is as it was before."
 
 
 class TrainView:
@@ -79,13 +80,13 @@ class TrainView:
                                         "Train a copy so that channels become equal in clusters (Centripetal SGD), and "
                                         "plan to merge those: a trim that loses nothing")  # fmt: skip
         self.stop = explorer._button("stop training", self._on_stop, "The best epoch so far is kept")
-        self._bar = w.FloatProgress(0.0, min=0.0, max=1.0, layout=w.Layout(flex="0 1 220px", margin="2px 8px"))
-        self._text = w.HTML(layout=w.Layout(flex="1 1 320px"))
+        self._bar = w.FloatProgress(0.0, min=0.0, max=1.0, layout=w.Layout(flex="0 1 320px", margin="2px 8px"))
+        self._text = w.HTML()
         self.distil.observe(self._show, "value")
 
     def _arranged(self) -> w.Widget:
         line = self._explorer._line
-        self._state = line(self.stop, self._bar, self._text)
+        self._state = w.VBox([line(self.stop, self._bar), self._text])
         page = w.VBox([
             line(self.epochs, self.lr, self.smoothing, self.augment, self.distil),
             line(self.folder, self.finetune, w.HTML("or", layout=w.Layout(margin="2px 8px")), self.squeeze, self.width),
@@ -115,7 +116,7 @@ class TrainView:
         self.augment.disabled = running or not self._images
         self.smoothing.disabled = running or self.distil.value
         self.stop.disabled = not running or self._stop.is_set()
-        self._state.layout.display = "none" if not self._text.value else "flex"
+        self._state.layout.display = None if self._text.value else "none"
         self.allow(not self._explorer._long)
 
     def allow(self, on: bool) -> None:
@@ -154,9 +155,10 @@ class TrainView:
         try:
             training.run(look=lambda: self._look(training.course))
         except Exception as error:
-            self._end("Failed; everything is as it was before.")
+            self._end(_FAILED)
             self._explorer._failed(error)
         else:
+            self.stop.disabled = True
             self._say("taking the trained network over", 1.0)
             self._explorer._later("taking the trained network over", lambda: self._take(training))
         self.draw()
@@ -176,29 +178,27 @@ class TrainView:
     def _take(self, training: Training) -> str:
         """Make what came out the current network, on the worker; gives a sentence about it."""
         try:
-            said = self._outcome(training)
+            said, more = self._outcome(training)
         except Exception:
-            self._end("Failed; everything is as it was before.")
+            self._end(_FAILED)
             raise
-        self._end(said)
+        self._end(f"{said} {more}")
         return said
 
-    def _outcome(self, training: Training) -> str:
-        course, stopped = training.course, self._stop.is_set()
-        word = "Stopped" if stopped else "Fine-tuned" if course.kind == "finetune" else "Squeezed"
+    def _outcome(self, training: Training) -> tuple[str, str]:
+        """What came out, in a sentence, and what else there is to know."""
+        course = training.course
+        word = "Stopped" if self._stop.is_set() else "Fine-tuned" if course.kind == "finetune" else "Squeezed"
         epochs = max(len(course.rows) - 1, 0)
         if not training.changed:
             why = "no epoch was better than the beginning" if epochs else "no epoch was finished"
-            return f"{word}: {why}, so the network stays as it was."
+            return f"{word}: {why}, so the network stays as it was.", ""
         self._lab.enter(training, keep_plan=True)
-        first, last = course.rows[0].accuracy, (course.best or course.rows[-1]).accuracy
-        said = ""
-        if training.squeezed is not None:
-            last = course.rows[-1].accuracy
-            said = f" {_merging(training.squeezed)}"
+        change = f"accuracy {course.rows[0].accuracy:.2%} → {course.kept.accuracy:.2%}"
+        merging = "" if training.squeezed is None else _merging(training.squeezed)
         return (
-            f"{word}: accuracy {first:.2%} → {last:.2%} after {epochs} of {course.epochs} epochs. The trained network is "
-            f"the current one now; undo brings back the one before.{said}"
+            f"{word}: {change} after {epochs} of {course.epochs} epochs. This network is the current one now.",
+            f"Undo brings back the one before. {merging}",
         )
 
     def _end(self, said: str) -> None:
@@ -220,7 +220,7 @@ class TrainView:
     # Showing ---------------------------------------------
 
     def _say(self, text: str, share: float | None) -> None:
-        self._text.value = html.escape(text)
+        self._text.value = f'<div style="line-height: 1.5; padding: 4px 2px">{html.escape(text)}</div>' if text else ""
         self._bar.layout.display = "none" if share is None else None
         self._bar.value = share or 0.0
 

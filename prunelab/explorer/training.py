@@ -62,9 +62,9 @@ class Course:
         return min(steps / max(self.epochs * self.of, 1), 1.0)
 
     @property
-    def best(self) -> Epoch | None:
-        """The most accurate epoch so far, or None before any."""
-        return max(self.rows, key=lambda row: row.accuracy, default=None)
+    def kept(self) -> Epoch:
+        """The epoch whose weights stay if the training ends now: the best, or of squeezing the last."""
+        return self.rows[-1] if self.kind == "squeeze" else max(self.rows, key=lambda row: row.accuracy)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for every loss that was read: step, epoch (a fraction while it runs), loss."""
