@@ -68,7 +68,8 @@ class Explorer(w.VBox):
         """
         self.lab = lab
         self._worker = Worker(self._failed)
-        # Widget callbacks arrive on other threads than the worker: whoever changes the lab holds this.
+        # The lab is changed by widget callbacks, which arrive on threads of their own and hold this, or by long work on
+        # the worker, during which they are refused. A training changes nothing: it works on a copy.
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._long = False

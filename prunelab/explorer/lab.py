@@ -110,7 +110,7 @@ class Lab:
         self._repaired = Repaired()
         # The last sensitivity scan, of whichever network was current then.
         self.scanned: Scanned | None = None
-        # How the last training goes, or went.
+        # How the last training goes, or went: its losses and epochs.
         self.training: Course | None = None
 
     # What is there now ---------------------------------------------
@@ -529,7 +529,6 @@ class Lab:
         Args: as :func:`prunelab.finetune`.
         """
         training = Training(self, "finetune", {"epochs": epochs, "lr": lr, **settings})
-        self.training = training.course
         table = training.run(progress, on_epoch)
         self.enter(training)
         return table
@@ -551,7 +550,6 @@ class Lab:
         Args: as :func:`prunelab.train.csgd.csgd`.
         """
         training = Training(self, "squeeze", {"epochs": epochs, "lr": lr, **settings}, widths)
-        self.training = training.course
         training.run(progress, on_epoch)
         self.enter(training)
         assert training.squeezed is not None

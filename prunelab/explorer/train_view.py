@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prunelab.explorer.app import Explorer
 
 _SAY_EVERY, _DRAW_EVERY = 0.25, 0.5
-_DRAWING_SHARE = 0.1
+_DRAWING_SHARE = 0.05
 """Of the time that is spent on drawing at most: it is taken from the training."""
 _FAILED = "Failed: everything is as it was before."
 
@@ -79,7 +79,9 @@ class TrainView:
         self.squeeze = explorer._button("squeeze", lambda: self._begin("squeeze"),
                                         "Train a copy so that channels become equal in clusters (Centripetal SGD), and "
                                         "plan to merge those: a trim that loses nothing")  # fmt: skip
-        self.stop = explorer._button("stop training", self._on_stop, "The best epoch so far is kept")
+        self.stop = explorer._button(
+            "stop training", self._on_stop, "The best epoch so far is kept; of squeezing, the last"
+        )
         self._bar = w.FloatProgress(0.0, min=0.0, max=1.0, layout=w.Layout(flex="0 1 320px", margin="2px 8px"))
         self._text = w.HTML()
         self.distil.observe(self._show, "value")
@@ -139,7 +141,6 @@ class TrainView:
             "folder": self.folder.value.strip() or None,
         }
         training = Training(self._lab, kind, settings, self.width.value)
-        self._lab.training = training.course
         self._running = True
         self._stop.clear()
         self._said = self._drawn = 0.0
@@ -202,14 +203,16 @@ class TrainView:
         )
 
     def _end(self, said: str) -> None:
-        self._running = False
-        self._say(said, None)
-        self._show()
+        # Other long work may end at the same moment: the buttons must know of both.
+        with self._explorer._lock:
+            self._running = False
+            self._say(said, None)
+            self._show()
 
     def _on_stop(self) -> None:
         self._stop.set()
         self.stop.disabled = True
-        self._say("stopping; the best epoch so far is kept", self._bar.value)
+        self._say("stopping; what is best so far is kept", self._bar.value)
 
     def wait(self, timeout: float) -> bool:
         """Wait until no training runs and nothing is left to show; False if that takes longer than so many seconds."""

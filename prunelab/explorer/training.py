@@ -91,7 +91,7 @@ class Course:
 
 
 class Training:
-    """One training, of the network that is current when it is made.
+    """One training, of the network that is current when it is made; its course is ``lab.training`` from then on.
 
     Attributes:
         model: the copy that is trained.
@@ -113,6 +113,7 @@ class Training:
             self.course.reference = lab.training.reference
         # With memory of its own: what the lab's previews keep stays for the hand on the sliders.
         unpruned = lab.unpruned
+        lab.training = self.course
         self._unpruned = Preview(unpruned.program, unpruned.images, unpruned.labels, memory=Cache(_MEMORY))
         self._data = (lab.train, lab.val)
         self._settings = {**settings, "masks": lab.stage.masks}

@@ -306,6 +306,11 @@ def test_a_script_squeezes_too(small: tuple[nn.Module, TensorDataset, TensorData
     assert lab.model is squeezed.program.model
     assert lab.plan.settings.keys() == {"0", "3"}
     assert [p.kind for p in lab.points] == ["squeeze"]
+    assert lab.training is not None
+    assert lab.training.to_frame().index.tolist() == list(range(1, 17))
+    lab.finetune(epochs=1, progress=False)
+    assert lab.training.kind == "finetune"
+    assert lab.plan.settings == {}
 
 
 # The time left ---------------------------------------------
