@@ -82,5 +82,4 @@ def student95(freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    total: float = sum(term / freedom**k for k, term in enumerate(terms))
-    return total
+    return float(sum(term / freedom**k for k, term in enumerate(terms)))

@@ -22,7 +22,7 @@ from prunelab.program.guard import random_kept
 from prunelab.program.incremental import Incremental, Prepared
 from prunelab.program.liveness import working_bytes
 from prunelab.program.program import Program, cost
-from prunelab.program.run import bind, removes_anything
+from prunelab.program.run import Bound, bind, removes_anything
 from prunelab.program.selection import DENSE, Selection
 from prunelab.progress import Progress
 
@@ -34,6 +34,8 @@ BATCH = 256
 _STEP_MACS = 33_000_000_000
 # What bfloat16 may change in the outputs, relative to their norm, before it is too coarse for a network.
 _BEARABLE = 0.05
+# One image in so many is decided again in float32.
+_CLOSE = 64
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -124,9 +126,9 @@ class Preview:
             labels: shape ``(images,)``, class numbers; with a ``score`` of your own whatever that takes, one per
                 image.
             score: what to measure instead of accuracy.
-            memory: where values are kept for the next selection; 1 GiB of its own unless given. Several previews
-                may share one. Its budget holds for what is kept and what is under way, with at least eight images at
-                once; sliced copies of the weights and some 10 MiB for kernels come on top.
+            memory: where values are kept for the next selection; what the machine can spare unless given. Several
+                previews may share one. Its budget holds for what is kept and what is under way, with at least eight
+                images at once; sliced copies of the weights and some 10 MiB for kernels come on top.
 
         Raises:
             PruneLabError: shapes that do not fit each other or the network.
@@ -204,9 +206,9 @@ class Preview:
             n: images at most; all unless told. They come in a random order, always the same.
             repaired: what :func:`prunelab.repair.repair` gave for this selection.
             precision: ``float32`` for the network's own arithmetic, operator by operator: the committed network's
-                outcomes exactly. ``bfloat16`` with norms folded: a few outcomes in a thousand differ. ``auto``
-                for bfloat16 where the processor has instructions for it and the network bears it. The unpruned
-                network is run in the same.
+                outcomes exactly. ``bfloat16`` with norms folded, the closest decisions taken again in float32: a few
+                outcomes in a thousand differ. ``auto`` for bfloat16 where the processor has instructions for it and
+                the network bears it. The unpruned network is run in the same.
             half: stop once the half width of the interval of the change is at most this.
 
         Raises:
@@ -217,14 +219,14 @@ class Preview:
         untouched = not removes_anything(self.program, selection)
         with self._lock:
             side = self._side(precision)
-            prepared = side.engine.prepare(selection, repaired)
+            ready = self._ready(side, selection, repaired)
         now = before = np.zeros(0)
         for start in range(0, total, self._step):
             stop = min(start + self._step, total)
             with self._lock:
                 before = np.concatenate([before, self._before(side, start, stop)])
                 # The same network twice: no change, and nothing uncertain about it.
-                fresh = before[start:] if untouched else self._scores(side, prepared, start, stop)
+                fresh = before[start:] if untouched else self._scores(side, ready, start, stop)
                 now = np.concatenate([now, fresh])
             estimate = self._estimate(now, before, side.name, time.perf_counter() - started)
             if untouched:
@@ -261,7 +263,7 @@ class Preview:
         total = len(self.labels) if n is None else min(n, len(self.labels))
         with self._lock:
             side = self._side(precision)
-            networks = [side.engine.prepare(DENSE, {}), side.engine.prepare(selection, repaired)]
+            networks = [self._ready(side, DENSE, {}), self._ready(side, selection, repaired)]
         for start in range(0, total, self._step):
             stop = min(start + self._step, total)
             with self._lock:
@@ -335,17 +337,25 @@ class Preview:
     def _before(self, side: _Side, start: int, stop: int) -> Floats:
         """Scores of the unpruned network, run once."""
         if (start, stop) not in side.before:
-            side.before[start, stop] = self._scores(side, side.engine.prepare(DENSE, {}), start, stop)
+            side.before[start, stop] = self._scores(side, self._ready(side, DENSE, {}), start, stop)
         return side.before[start, stop]
 
-    def _outputs(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Tensor:
-        inputs = (self.images[self._order[start:stop]].to(prepared.bound.device),)
+    def _ready(self, side: _Side, selection: Selection, repaired: Mapping[str, Tensor]) -> _Ready:
+        decides = side.name == "bfloat16" and self._score is None and self.program.batch is None
+        exact = self._side("float32").engine.prepare(selection, repaired).bound if decides else None
+        return _Ready(side.engine.prepare(selection, repaired), exact)
+
+    def _outputs(self, side: _Side, ready: _Ready, start: int, stop: int) -> Tensor:
+        inputs = (self.images[self._order[start:stop]].to(ready.fast.bound.device),)
         # A newer request stops an older one: the first images are asked for most.
         share = 1 / (1 + start // self._step)
-        return side.engine(prepared, inputs, (self._name, side.name, start, stop), share)
+        outputs = side.engine(ready.fast, inputs, (self._name, side.name, start, stop), share)
+        if ready.exact is not None and outputs.dim() == 2 and outputs.shape[1] > 1:
+            return settled(outputs, inputs[0], ready.exact)
+        return outputs
 
-    def _scores(self, side: _Side, prepared: Prepared, start: int, stop: int) -> Floats:
-        outputs = self._outputs(side, prepared, start, stop)
+    def _scores(self, side: _Side, ready: _Ready, start: int, stop: int) -> Floats:
+        outputs = self._outputs(side, ready, start, stop)
         labels = self.labels[self._order[start:stop]].to(outputs.device)
         if self._score is None:
             if outputs.dim() != 2 or len(outputs) != stop - start:
@@ -356,6 +366,27 @@ class Preview:
             if found.shape != (stop - start,):
                 raise PruneLabError(f"A score gives one number per image, not {tuple(found.shape)}.")
         return found.double().cpu().numpy()
+
+
+def settled(outputs: Tensor, images: Tensor, exact: Bound) -> Tensor:
+    """Outputs of a coarse run, shape ``(images, classes)``, in which the closest decisions are taken again exactly.
+
+    Where coarse arithmetic changes a class, the best two outputs lay close together: on ResNet-56 for CIFAR-10 one
+    image in 64 brings the agreement with float32 from 98.9 % and more to 99.7 % and more.
+    """
+    best = outputs.float().topk(2, dim=1).values
+    close = (best[:, 0] - best[:, 1]).argsort(stable=True)[: -(-len(outputs) // _CLOSE)]
+    found = outputs.to(images.dtype, copy=True)
+    found[close] = exact(images[close])
+    return found
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A selection made ready to run, and the network's own arithmetic for what bfloat16 is too coarse for."""
+
+    fast: Prepared
+    exact: Bound | None
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from prunelab.criteria.registry import scores
 from prunelab.errors import PruneLabError, unknown
+from prunelab.machine import GIB
 from prunelab.plan import REPAIRS, Plan, Setting
 from prunelab.preview import Precision, Preview, Score
 from prunelab.profile.capture import Profile
-from prunelab.program.cache import GIB, Cache
+from prunelab.program.cache import Cache
 from prunelab.program.program import Program, cost
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress, Stopped, track

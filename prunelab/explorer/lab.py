@@ -27,7 +27,7 @@ from prunelab.outcomes import Outcomes
 from prunelab.plan import Plan, Setting, in_force
 from prunelab.preview import Estimate, Precision, Preview, labelled
 from prunelab.profile.capture import Profile, profile
-from prunelab.program.cache import GIB, Cache
+from prunelab.program.cache import Cache
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
@@ -71,7 +71,7 @@ class Lab:
         cache: Path | str | bool = True,
         criterion: str = "l1",
         name: str = "",
-        memory: int = GIB,
+        memory: int | None = None,
     ) -> None:
         """Args:
             model: a trained network; it is not changed, now or later.
@@ -82,7 +82,8 @@ class Lab:
             cache: where profiles are kept, as in :func:`prunelab.profile`.
             criterion: the first plan's criterion.
             name: what to call the network in titles.
-            memory: bytes that the quick accuracy may take to keep what the next one can use.
+            memory: bytes that the quick accuracy may take to keep what the next one can use; a quarter of what
+                is free, 1 to 3 GiB, unless given.
 
         Raises:
             PruneLabError: the model or the data cannot be used.

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-GIB = 2**30
+from prunelab.machine import spare_memory
+
 OVERHEAD = 2.0
 """Bytes that the process grows by for each byte held: blocks of many sizes leave holes. 1.4 to 1.9 with glibc."""
 _NO_TENSOR = 64
@@ -37,11 +38,12 @@ class Cache:
         work: bytes that runs need besides, now.
     """
 
-    def __init__(self, budget: int = GIB, overhead: float = OVERHEAD) -> None:
+    def __init__(self, budget: int | None = None, overhead: float = OVERHEAD) -> None:
         """Args:
+        budget: bytes; what the machine can spare unless given.
         overhead: what the process grows by for each byte held.
         """
-        self.budget = budget
+        self.budget = spare_memory() if budget is None else budget
         self.held = 0
         self.work = 0
         self._overhead = overhead

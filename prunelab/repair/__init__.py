@@ -37,9 +37,10 @@ from math import prod
 from torch import Tensor
 
 from prunelab.errors import PruneLabError, unknown
+from prunelab.machine import GIB
 from prunelab.plan import REPAIRS
 from prunelab.profile.batches import check_images, inputs_of
-from prunelab.program.cache import GIB, Cache
+from prunelab.program.cache import Cache
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection

@@ -127,7 +127,7 @@ class Trainer:
             if self.at.rows:
                 self._keep(checkpoints)
         finally:
-            self.optimizer.zero_grad()
+            self.own_optimizer.zero_grad()
             self._load(self.best.tensors)
 
     def _epoch(self, progress: Progress | bool, asked: bool, checkpoints: Checkpoints | None, every: int) -> None:
@@ -214,7 +214,7 @@ class Trainer:
         place = (self.recipe.seed, "step", self.at.epoch, self.at.step, self.accelerator.process_index)
         seed_all(*place)
         self.generator.manual_seed(seed_of(*place, "augment"))
-        self.optimizer.zero_grad()
+        self.own_optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         parts = batch.split(at_once)
         for part in parts:

@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--moves", type=int, default=100)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=2**30, help="bytes that values may take")
+    parser.add_argument("--budget", type=int, help="bytes that values may take; what the machine can spare")
     parser.add_argument("--every", type=int, default=10, help="time the other way at every so many moves")
     parser.add_argument("--processor", action="store_true", help="count processor seconds, with one thread")
     parser.add_argument("--first", action="store_true", help="leave each move after its first estimate")
@@ -144,7 +144,7 @@ def main() -> int:
         print(f"| the preview is faster, times | {np.median([then / now for then, now in pairs]):.1f} | |")
         medians = [float(np.median(column)) for column in zip(*pairs, strict=True)]
         print(f"| the same, of the medians | {medians[0] / float(np.median(first)):.1f} | |")
-    print(f"\nvalues held: {most / 2**20:.0f} MiB at most, of a budget of {asked.budget / 2**20:.0f}")
+    print(f"\nvalues held: {most / 2**20:.0f} MiB at most, of a budget of {memory.budget / 2**20:.0f}")
     return 0
 
 

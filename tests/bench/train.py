@@ -1,12 +1,12 @@
 """Images per second of fine-tuning: against a loop written by hand, and against a DataLoader with transforms.
 
-``python tests/bench/train.py CIFAR10`` prints one table, CIFAR10 a ``.npz`` of the set. Both sides of a row train copies of
-one network on the same images, in turn in one run, so that their ratio holds on a busy machine too; the ratio is the
-median over the turns. On a CPU processor seconds are counted; a loader then has no workers, so that it is all counted.
+``python tests/bench/train.py CIFAR10`` prints one table, CIFAR10 a ``.npz`` of the set. Both sides of a row work on the
+same images, in turn in one run, so that their ratio holds on a busy machine too; the ratio is the median over the
+turns. On a CPU processor seconds are counted; a loader then has no workers, so that it is all counted.
 
 1. The same tensors at the same precision: ``finetune`` against index, forward, backward, step, as one would write it.
-2. With flips and padded crops: tensors augmented on the device against torchvision's transforms of CIFAR-10's uint8 images,
-   image by image in a DataLoader, both trained by ``finetune``.
+2. With flips and padded crops: tensors augmented on the device against torchvision's transforms of one uint8 image
+   after another in a DataLoader, both trained on by ``finetune``; and the batches alone, without a network.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import prunelab as pl
 from prunelab import zoo
 from prunelab.datasets import CIFAR10_MEAN, CIFAR10_STD
-from prunelab.train.setting import best_precision
+from prunelab.train.data import Held
+from prunelab.train.setting import accelerated, best_precision
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+Work = Callable[[], object]
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,7 +73,7 @@ def by_hand(model: nn.Module, images: Tensor, labels: Tensor, batch: int, precis
             schedule.step()
 
 
-def seconds(work: Callable[[], object], processor: bool) -> float:
+def seconds(work: Work, processor: bool) -> float:
     """How long it takes, on a CPU in processor seconds if asked."""
     clock = time.process_time if processor else time.perf_counter
     if GPU:
@@ -83,7 +85,7 @@ def seconds(work: Callable[[], object], processor: bool) -> float:
     return clock() - started
 
 
-def tuned(model: nn.Module, train: Any, val: Any, **settings: Any) -> Callable[[], object]:
+def tuned(model: nn.Module, train: Any, val: Any, **settings: Any) -> Work:
     """A fine-tuning without what a loop by hand does not do: it measures on two images."""
     return lambda: pl.finetune(model, train, val, progress=False, norm_images=0, **settings)
 
@@ -97,6 +99,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=2 if GPU else 1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--workers", type=int, default=8 if GPU else 0, help="of the loader with transforms")
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"], help="of prunelab.zoo")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -116,10 +119,16 @@ def main() -> int:
     print(f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}")
     print("\n| network | what | precision | images/s | against | images/s | ratio |")
     print("| --- | --- | --- | ---: | --- | ---: | ---: |")
-    for name, make in {"ResNet-20": zoo.resnet20, "ResNet-56": zoo.resnet56}.items():
-        network = make().to(DEVICE)
+    augment = pl.Augment(flip=True, crop=4)
+    with accelerated("no") as accelerator:
+        source, generator = Held((images, labels), asked.batch, 0, accelerator), torch.Generator(DEVICE)
+    report("none", "augmented on the device", "no",
+           lambda: [augment(batch.inputs[0], generator) for _ in range(asked.epochs) for batch in source.epoch(0)],
+           f"loader, transforms, {asked.workers} workers",
+           lambda: [parts[0].to(DEVICE) for _ in range(asked.epochs) for parts in loader], asked)  # fmt: skip
+    for name in asked.networks:
+        network = getattr(zoo, name)().to(DEVICE)
         settings: dict[str, Any] = {"epochs": asked.epochs, "batch_size": asked.batch}
-        augment = pl.Augment(flip=True, crop=4)
         for precision in dict.fromkeys(("no", best)):
             plain = tuned(copy.deepcopy(network), held, val, precision=precision, **settings)
             hand = copy.deepcopy(network)
@@ -133,13 +142,7 @@ def main() -> int:
 
 
 def report(
-    name: str,
-    what: str,
-    precision: str,
-    ours: Callable[[], object],
-    other: str,
-    theirs: Callable[[], object],
-    asked: Any,
+    name: str, what: str, precision: str, ours: Work, other: str, theirs: Work, asked: argparse.Namespace
 ) -> None:
     """Time two ways in turn and print a row."""
     pairs = [(seconds(ours, not GPU), seconds(theirs, not GPU)) for _ in range(asked.turns + 1)][1:]
