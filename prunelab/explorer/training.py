@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from prunelab.explorer.clock import Clock
+from prunelab.machine import GIB
 from prunelab.plan import Plan
 from prunelab.preview import Estimate, Preview
-from prunelab.program.cache import GIB, Cache
+from prunelab.program.cache import Cache
 from prunelab.program.trace import state_tensors
 from prunelab.progress import Progress, Stopped
 from prunelab.train.csgd import Squeezed, csgd
