@@ -30,11 +30,11 @@ from prunelab.explorer.desk import (
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.scan_view import ScanView
 from prunelab.explorer.tools import Tools
+from prunelab.explorer.train_view import TrainView
 from prunelab.explorer.worker import Worker
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.progress import Stopped
-from prunelab.train.position import Epoch
 
 # Two changes closer than this are one movement of the hand: one step of undo.
 _ONE_MOVEMENT = 1.0
@@ -68,7 +68,8 @@ class Explorer(w.VBox):
         """
         self.lab = lab
         self._worker = Worker(self._failed)
-        # Widget callbacks arrive on other threads than the worker: whoever changes the lab holds this.
+        # The lab is changed by widget callbacks, which arrive on threads of their own and hold this, or by long work on
+        # the worker, during which they are refused. A training changes nothing: it works on a copy.
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._long = False
@@ -108,29 +109,29 @@ class Explorer(w.VBox):
             "scan layers", self._on_scan, "Accuracy with each layer cut alone: a curve behind every ratio slider"
         )
         self._commit = self._button("commit", self._on_commit, "Make the plan real: a new, smaller network", "primary")
-        self._epochs = w.BoundedIntText(3, min=1, max=1000, description="epochs", layout=w.Layout(width="150px"))
-        self._lr = w.FloatText(0.01, description="lr", step=0.001, layout=w.Layout(width="160px"))
-        self._distil = w.Checkbox(False, description="learn from the unpruned network", indent=False,
-                                  layout=w.Layout(width="auto", margin="0 8px"))  # fmt: skip
-        self._finetune = self._button("fine-tune", self._on_finetune, "Train a copy of the current network")
         self._stopper = self._button("stop", self._on_stop, "Stop; what is done so far is kept")
         self._stopper.disabled = True
+        self._export = self._button(
+            "export network", self._on_export, "Write the current network: .pt2 or .safetensors"
+        )
         self._tools = Tools(self)
+        self._training = TrainView(self)
         self._path = w.Text("plan.json", description="file", layout=w.Layout(width="230px"))
         self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
         controls = w.VBox([
             self._line(self._criterion, self._grain, self._ratio, self._tools.multiple),
             self._line(
-                self._repair, self._measure, self._scan, self._tools.speed, self._tools.changed, self._commit
+                self._repair, self._measure, self._scan, self._tools.speed, self._tools.changed, self._commit,
+                self._stopper,
             ),
             self._repaired,
             self._tools.times,
-            self._line(self._epochs, self._lr, self._distil, self._finetune, self._stopper),
+            self._training.controls,
             self._line(
                 self._path,
                 self._button("save plan", self._on_save, "Write the plan as JSON"),
                 self._button("load plan", self._on_load, "Read a plan from JSON"),
-                self._button("export network", self._on_export, "Write the current network: .pt2 or .safetensors"),
+                self._export,
                 self._button("copy as Python", self._on_python, "The plan as Python code"),
             ),
             self._python,
@@ -146,12 +147,13 @@ class Explorer(w.VBox):
         # The desk is measured by container queries, so its content gives it no width: it comes from outside.
         self.desk.layout = w.Layout(width="100%")
         left = w.VBox([self.desk, controls], layout=w.Layout(flex="3 1 640px", min_width="0", margin="0 8px 8px 0"))
-        for picture in (self._scatter, self._details, self._scans.picture):
+        for picture in (self._scatter, self._details, self._training.picture, self._scans.picture):
             picture.layout = w.Layout(
-                flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain"
-            )
+                flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain",
+                display=picture.layout.display,
+            )  # fmt: skip
         right = w.Box(
-            [self._scatter, self._details, self._scans.picture, *self._tools.pictures],
+            [self._scatter, self._details, self._training.picture, self._scans.picture, *self._tools.pictures],
             layout=w.Layout(display="flex", flex_flow="row wrap", flex="1 1 320px", min_width="0"),
         )
         flow = w.Layout(display="flex", flex_flow="row wrap", width="100%", align_items="flex-start")
@@ -289,6 +291,7 @@ class Explorer(w.VBox):
             if change["name"] == "dark" and wanted():
                 self._draw_scatter()
                 self._scans.draw()
+                self._training.draw()
                 self._tools.draw(wanted)
             if self.desk.estimate.get("state") != "ready":
                 self._estimate(wanted)
@@ -341,19 +344,36 @@ class Explorer(w.VBox):
     def _job(self, text: str, work: Callable[[], str]) -> None:
         """Run long work on the worker with the controls off, and say how it ended."""
         self._refuse_while_busy()
+        self._begin(text)
+        self._worker.job(lambda: self._to_the_end(work))
+
+    def _later(self, text: str, work: Callable[[], str]) -> None:
+        """The same from another thread, as soon as the worker is done with what it has: nobody is refused."""
+
+        def run() -> None:
+            with self._lock:
+                self._begin(text)
+            self._to_the_end(work)
+
+        self._worker.job(run)
+
+    def _begin(self, text: str) -> None:
         self._stop.clear()
         self._enable(False)
         self._say(text, busy=True)
 
-        def run() -> None:
-            try:
-                done = work()
-            finally:
+    def _to_the_end(self, work: Callable[[], str]) -> None:
+        try:
+            done = work()
+        except Exception:
+            with self._lock:
                 self._enable(True)
+            raise
+        # Held until the rows are those of the new network: no edit of the old ones gets in between.
+        with self._lock:
+            self._enable(True)
             self._show_network()
             self._say(done)
-
-        self._worker.job(run)
 
     def _refuse_while_busy(self) -> None:
         if self._long:
@@ -362,18 +382,22 @@ class Explorer(w.VBox):
     def _enable(self, on: bool) -> None:
         self._long = not on
         for widget in (
-            self._commit,
-            self._finetune,
             self._measure,
             self._scan,
             self._criterion,
             self._grain,
             self._ratio,
             self._repair,
-            *self._tools.controls,
+            self._tools.multiple,
         ):
             widget.disabled = not on
         self._stopper.disabled = on
+        self._training.allow(on)
+
+    @property
+    def alone(self) -> tuple[w.Button, ...]:
+        """What cannot go on beside a training: it changes or traces the network, or needs the machine for itself."""
+        return self._commit, self._tools.speed, self._export
 
     def _on_measure(self) -> None:
         def work() -> str:
@@ -393,6 +417,8 @@ class Explorer(w.VBox):
         self._job("scanning layers", lambda: self._scans.run(progress))
 
     def _on_commit(self) -> None:
+        self._training.refuse("a commit")
+
         def work() -> str:
             before = self.lab.dense_cost()
             self.lab.commit()
@@ -400,25 +426,6 @@ class Explorer(w.VBox):
             return f"Committed: {before.params:,} → {now.params:,} parameters, {before.flops:,} → {now.flops:,} FLOPs."
 
         self._job("committing", work)
-
-    def _on_finetune(self) -> None:
-        epochs, lr = self._epochs.value, self._lr.value
-        teacher = self.lab.original if self._distil.value else None
-        seen: list[Epoch] = []
-
-        def progress(done: int, total: int | None, what: str) -> bool:
-            share = (len(seen) + done / (total or done)) / epochs
-            last = f" · accuracy {seen[-1].accuracy:.2%}, loss {seen[-1].loss:.3f}" if seen else ""
-            self._say(f"fine-tuning, {what}{last}", min(share, 1.0), busy=True)
-            return not self._stop.is_set()
-
-        def work() -> str:
-            table = self.lab.finetune(epochs=epochs, lr=lr, teacher=teacher, progress=progress, on_epoch=seen.append)
-            first, best = table["accuracy"].iloc[0], table["accuracy"].max()
-            word = "Stopped" if self._stop.is_set() else "Fine-tuned"
-            return f"{word}: accuracy {first:.2%} → {best:.2%} after {len(seen)} of {epochs} epochs."
-
-        self._job("fine-tuning", work)
 
     def _on_stop(self) -> None:
         self._stop.set()
@@ -440,6 +447,8 @@ class Explorer(w.VBox):
         self._say(f"The plan comes from {source}.")
 
     def _on_export(self) -> None:
+        # torch.export changes how modules are called, for all threads.
+        self._training.refuse("an export")
         named = Path(self._path.value)
         target = named if named.suffix in (".pt2", ".safetensors") else named.with_name("pruned.pt2")
         self._say(f"The current network is in {self.lab.export(target)}.")

@@ -5,7 +5,6 @@ No widget is needed for it: the explorer only calls what is here.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from prunelab.explorer.keeping import read_lab, write_lab
 from prunelab.explorer.scanning import Scanned, scan
 from prunelab.explorer.stage import Point, Stage
 from prunelab.explorer.timed import columns, from_plain, to_plain
+from prunelab.explorer.training import Course, Training
 from prunelab.latency import Latency, latency
 from prunelab.outcomes import Outcomes
 from prunelab.plan import Plan, Setting, in_force
@@ -38,7 +38,7 @@ from prunelab.repair import Repaired, Repairer
 from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
-from prunelab.train.finetune import finetune
+from prunelab.train.csgd import Squeezed
 from prunelab.train.masks import with_masks
 from prunelab.train.position import Epoch
 
@@ -111,6 +111,8 @@ class Lab:
         self._repaired = Repaired()
         # The last sensitivity scan, of whichever network was current then.
         self.scanned: Scanned | None = None
+        # How the last training goes, or went: its losses and epochs.
+        self.training: Course | None = None
 
     # What is there now ---------------------------------------------
 
@@ -133,6 +135,11 @@ class Lab:
     def original(self) -> nn.Module:
         """The network that the lab began with."""
         return self._first.program.model
+
+    @property
+    def unpruned(self) -> Preview:
+        """The preview of the network that the lab began with."""
+        return self._first.preview
 
     @property
     def profile(self) -> Profile | None:
@@ -271,14 +278,7 @@ class Lab:
         Raises:
             PruneLabError: it does not; the plan stays as it was.
         """
-        if get(plan.criterion).needs == "statistics" and self.profile is None:
-            self.run_profile()
-        if not plan.network:
-            plan = replace(plan, network=self.stage.program.digest)
-        self._resolve(plan)
-        # Under the layers' own names, whichever of their modules' paths they were given by.
-        settings = {self._own_name(plan, name): setting for name, setting in plan.settings.items()}
-        plan = replace(plan, settings=settings)
+        plan = self._fitting(plan)
         if plan == self.plan:
             return
         if merge and self._past and self._past[-1][0] is self.stage:
@@ -286,6 +286,17 @@ class Lab:
             self._future.clear()
         else:
             self._move((self.stage, plan))
+
+    def _fitting(self, plan: Plan) -> Plan:
+        """The plan for this network, after checking that it fits."""
+        if get(plan.criterion).needs == "statistics" and self.profile is None:
+            self.run_profile()
+        if not plan.network:
+            plan = replace(plan, network=self.stage.program.digest)
+        self._resolve(plan)
+        # Under the layers' own names, whichever of their modules' paths they were given by.
+        settings = {self._own_name(plan, name): setting for name, setting in plan.settings.items()}
+        return replace(plan, settings=settings)
 
     def undo(self) -> None:
         """Back to the plan, or the network, before the last change."""
@@ -518,13 +529,50 @@ class Lab:
 
         Args: as :func:`prunelab.finetune`.
         """
-        model = copy.deepcopy(self.model)
-        table = finetune(
-            model, self.train, self.val, epochs=epochs, lr=lr, masks=self.stage.masks, progress=progress,
-            on_epoch=on_epoch, **settings,
-        )  # fmt: skip
-        self._enter(model, self.stage.masks, "finetune")
+        training = Training(self, "finetune", {"epochs": epochs, "lr": lr, **settings})
+        table = training.run(progress, on_epoch)
+        self.enter(training)
         return table
+
+    def squeeze(
+        self,
+        widths: Any = 0.625,
+        *,
+        epochs: int = 30,
+        lr: float = 0.03,
+        progress: Progress | bool = True,
+        on_epoch: Callable[[Epoch], None] | None = None,
+        **settings: Any,
+    ) -> Squeezed:
+        """Train a copy of the current network by Centripetal SGD until channels are equal, and plan to merge those.
+
+        It becomes the current network, as wide as before; :meth:`commit` trims it.
+
+        Args: as :func:`prunelab.train.csgd.csgd`.
+        """
+        training = Training(self, "squeeze", {"epochs": epochs, "lr": lr, **settings}, widths)
+        training.run(progress, on_epoch)
+        self.enter(training)
+        assert training.squeezed is not None
+        return training.squeezed
+
+    def enter(self, training: Training, *, keep_plan: bool = False) -> None:
+        """Make a trained copy the current network; undo brings back the one that was, with its plan.
+
+        Args:
+            keep_plan: take the plan along that was made meanwhile for the network that was trained.
+        """
+        same = self.stage.program is training.stage.program
+        plan = training.plan(self.plan) or (self.plan if keep_plan and same else None)
+        before = self._now, [*self._past], [*self._future]
+        try:
+            self._enter(training.model, training.stage.masks, training.course.kind)
+            if plan is not None:
+                # No step of its own for undo: it came with the network.
+                self._now = (self.stage, self._fitting(replace(plan, network=self.stage.program.digest)))
+        except Exception:
+            self._now, self._past, self._future = before
+            raise
 
     def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], label: str) -> None:
         # Proved again: what was pinned because forward does not follow its cut must stay so.

@@ -58,7 +58,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def scatter(lab: Lab, dark: bool = False) -> Figure:
-    """Accuracy against FLOPs of everything measured: plans as dots, commits as squares, fine-tuned as diamonds."""
+    """Accuracy against FLOPs of everything measured: plans as dots, commits and trained networks by their own marks."""
     c = colours(dark)
     figure = _figure(4.2, 3.0)
     axes = figure.add_subplot()
@@ -68,8 +68,15 @@ def scatter(lab: Lab, dark: bool = False) -> Figure:
         "plan": ("o", "kept"),
         "commit": ("s", "mark"),
         "finetune": ("D", "mark"),
+        "squeeze": ("^", "mark"),
     }
-    words = {"dense": "unpruned", "plan": "plan", "commit": "committed", "finetune": "fine-tuned"}
+    words = {
+        "dense": "unpruned",
+        "plan": "plan",
+        "commit": "committed",
+        "finetune": "fine-tuned",
+        "squeeze": "squeezed",
+    }
     for kind, (marker, ink) in styles.items():
         some = [p for p in lab.points if p.kind == kind]
         if some:

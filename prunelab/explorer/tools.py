@@ -57,11 +57,6 @@ class Tools:
         self.multiple.observe(self._on_multiple, "value")
         self.changed.observe(self._on_changed, "value")
 
-    @property
-    def controls(self) -> tuple[w.Widget, ...]:
-        """What is off during long work."""
-        return self.multiple, self.speed
-
     def show(self) -> None:
         """The plan's multiple, and the times of the plan where they were taken."""
         multiple = self._lab.plan.multiple
@@ -115,6 +110,7 @@ class Tools:
 
     def _on_speed(self) -> None:
         explorer = self._explorer
+        explorer._training.refuse("measuring speed")
 
         def progress(done: int, total: int | None, what: str) -> bool:
             explorer._say("measuring speed: both networks take turns", done / (total or done), busy=True)

@@ -107,7 +107,7 @@ def csgd(
     Raises:
         PruneLabError: as :func:`prunelab.finetune` and :func:`prunelab.train.clusters.clusters`; nothing to squeeze.
     """
-    own = ("folder", "every", "progress", "on_epoch")
+    own = ("folder", "every", "progress", "on_epoch", "watch")
     given = {name: settings.pop(name) for name in own if name in settings}
     how_to = recipe or Recipe.of({"lr": 0.03, **settings})
     images, _ = labelled(val, 64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,20 +49,26 @@ class Judge:
         return first.to(self.accelerator.device).split(2)[0].inputs
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> float:
+    def __call__(self, model: nn.Module, on_part: Callable[[int], None] | None = None) -> float:
         """Accuracy, 0 to 1, or the mean score.
+
+        Args:
+            on_part: called after every part with how many images are done.
 
         Raises:
             PruneLabError: labels beyond the network's outputs, or not even one image fits into memory.
         """
         with eval_mode(model):
             # Shape (2,): the sum of the scores, and of how many images.
-            total = torch.zeros(2, device=self.accelerator.device, dtype=torch.float32)
+            total, done = torch.zeros(2, device=self.accelerator.device, dtype=torch.float32), 0
             for batch in self._batches(self.at_once):
                 scores = self._scored(model, batch)
                 if self._loader is not None:
                     scores = self.accelerator.gather_for_metrics(scores)
                 total += torch.stack([scores.sum(), scores.new_tensor(len(scores))])
+                done += len(scores)
+                if on_part is not None:
+                    on_part(done)
         if self._loader is None:
             total = self.accelerator.reduce(total, "sum")
         return float(total[0]) / max(float(total[1]), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from prunelab.train.position import Epoch
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import accelerated, as_it_was
 from prunelab.train.trainer import Trainer
+from prunelab.train.watch import Watch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +33,7 @@ def finetune(
     every: int = 200,
     progress: Progress | bool = True,
     on_epoch: Callable[[Epoch], None] | None = None,
+    watch: Watch | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
     """Train a model in place and leave it with the weights of its best epoch.
@@ -53,6 +56,7 @@ def finetune(
         progress: True shows a bar; a function is called after every batch and stops by returning False: the
             best weights so far stay.
         on_epoch: called after every epoch.
+        watch: is told the loss of every step and how far validation is.
         settings: those of :class:`Recipe`: ``epochs=10, lr=0.02, teacher=model``.
 
     Returns:
@@ -73,9 +77,10 @@ def finetune(
     recipe = recipe or Recipe.of(settings)
     with random_kept(), as_it_was(model, recipe.optimizer), accelerated(recipe.precision) as accelerator:
         checkpoints = None if folder is None else Checkpoints(folder, identity(model, train, val, recipe))
-        trainer = Trainer(accelerator, model, train, val, recipe)
+        trainer = Trainer(accelerator, model, train, val, recipe, watch)
         trainer.run(progress, on_epoch, checkpoints, every)
-    table = pd.DataFrame([vars(row) for row in trainer.at.rows]).set_index("epoch")
+    columns = [each.name for each in fields(Epoch)]
+    table = pd.DataFrame([vars(row) for row in trainer.at.rows], columns=columns).set_index("epoch")
     table.attrs.update(trainer.at.notes)
     table.attrs["images at once"] = str(trainer.at.at_once or "whole batches")
     return table

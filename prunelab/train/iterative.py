@@ -75,7 +75,7 @@ def iterative(
     """
     now = copy.deepcopy(model)
     example = labelled(val, 2)[0]
-    watched = {name: settings.pop(name) for name in ("every", "progress", "on_epoch") if name in settings}
+    watched = {name: settings.pop(name) for name in ("every", "progress", "on_epoch", "watch") if name in settings}
     recipe = recipe or Recipe.of(settings)
     masks: dict[str, Tensor] = dict(recipe.masks)
     optimizer = recipe.optimizer_for(now)

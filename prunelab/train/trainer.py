@@ -29,6 +29,7 @@ from prunelab.train.objective import Objective, main_output
 from prunelab.train.position import Best, Epoch, Position
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import Shell, laid_out, lay_out_like_parameters
+from prunelab.train.watch import Watch
 
 # On a GPU reading the loss waits for the device: so many steps go by unread.
 _LOOK_EVERY = 20
@@ -38,7 +39,9 @@ _MODEL, _BEST = "model:", "best:"
 class Trainer:
     """Trains a network in place; :func:`prunelab.finetune` is its face."""
 
-    def __init__(self, accelerator: Any, model: nn.Module, train: Any, val: Any, recipe: Recipe) -> None:
+    def __init__(
+        self, accelerator: Any, model: nn.Module, train: Any, val: Any, recipe: Recipe, watch: Watch | None = None
+    ) -> None:
         """Raises PruneLabError where network, data and settings do not go together; no weight has changed then."""
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
@@ -62,6 +65,8 @@ class Trainer:
         self.at = Position()
         self.best = Best(-math.inf, {})
         self.loss_sum = torch.zeros((), device=self.device)
+        self.watch = watch if accelerator.is_main_process else None
+        self._told = (0.0, 0)  # sum of the losses and images that the watch knows of
         self.at.notes = {
             "device": str(self.device),
             "precision": {"no": "the network's own", "bf16": "bfloat16", "fp16": "float16"}[
@@ -106,7 +111,7 @@ class Trainer:
         self.masks.apply()
         try:
             if not self.at.rows:
-                self._end_epoch(Epoch(0, math.nan, self.judge(self.model), max(self.rates), 0.0))
+                self._end_epoch(Epoch(0, math.nan, self._accuracy(), max(self.rates), 0.0))
                 self._keep(checkpoints)
             while not self.at.done:
                 if self.at.epoch > self.recipe.epochs or self.at.waited >= (self.recipe.patience or math.inf):
@@ -117,8 +122,10 @@ class Trainer:
                         on_epoch(self.at.rows[-1])
                 self._keep(checkpoints)
         except Stopped:
-            self.at.notes["ended"] = f"stopped in epoch {self.at.epoch}"
-            self._keep(checkpoints)
+            if not self.at.done:
+                self.at.notes["ended"] = f"stopped in epoch {self.at.epoch}"
+            if self.at.rows:
+                self._keep(checkpoints)
         finally:
             self.own_optimizer.zero_grad()
             self._load(self.best.tensors)
@@ -127,6 +134,7 @@ class Trainer:
         """The rest of an epoch, from where it stands."""
         at = self.at
         self.wrapped.train()
+        self._told = (float(self.loss_sum), at.seen)
         began = time.perf_counter() - at.seconds
         ask = self._agreed(progress) if asked else progress
         what = f"epoch {at.epoch} of {self.recipe.epochs}"
@@ -172,7 +180,7 @@ class Trainer:
             mean_over_processes(
                 (b for norm in norms for b in norm.buffers() if b.is_floating_point()), self.accelerator
             )
-        before, after = self.best.accuracy, self.judge(self.model)
+        before, after = self.best.accuracy, self._accuracy()
         if after > before:
             self.best = Best.of(self.model, after)
         self.at.notes["norms"] = (
@@ -243,10 +251,15 @@ class Trainer:
 
     def _check_finite(self) -> None:
         # Once it is not finite, no later loss makes the sum finite again.
-        if not math.isfinite(float(self.loss_sum)):
+        total, seen = float(self.loss_sum), self.at.seen
+        if not math.isfinite(total):
             raise PruneLabError(
                 "The training loss is not finite; the last good weights are kept. A smaller lr may help."
             )
+        if self.watch is not None and seen > self._told[1]:
+            loss = (total - self._told[0]) / (seen - self._told[1])
+            self._told = (total, seen)
+            self.watch.step(self.at, len(self.source), loss)
 
     def _loss_of_all(self) -> tuple[float, int]:
         """The sum of the losses of the epoch so far, and of how many images, over all processes."""
@@ -267,7 +280,11 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return self.judge(self.model)
+        return self._accuracy()
+
+    def _accuracy(self) -> float:
+        watch = self.watch
+        return self.judge(self.model, None if watch is None else watch.validated)
 
     def _agreed(self, progress: Progress | bool) -> Progress:
         """The main process's answer, in all of them: all stop after the same step."""

@@ -114,6 +114,37 @@ def test_drag_commit_finetune(notebook_page: OpenNotebook) -> None:
     page.assert_no_errors()
 
 
+def test_planning_while_a_network_is_trained(notebook_page: OpenNotebook) -> None:
+    page = notebook_page(lenet(), width=1000)
+    found = desk(page)
+    before = total(found, "accuracy")
+    page.page.locator(".prunelab input[type=number]").first.fill("200")
+    page.page.keyboard.press("Tab")
+    button(page, "fine-tune").click()
+    train = page.page.locator(".prunelab .jp-Accordion, .prunelab .jupyter-widget-Accordion").first
+    expect(train).to_contain_text(re.compile(r"epoch \d+ of 200 · loss \d\.\d+ · accuracy \d+\.\d+% · about \d+"))
+    # Rows can be chosen, sliders moved, and what they would do is measured meanwhile.
+    drag(page, slider(found, "fc1", "ratio"), 0.95)
+    measured(found)
+    assert total(found, "accuracy") != before
+    expect(found.locator('[data-row="fc1"]')).to_have_attribute("aria-current", "true")
+    expect(button(page, "commit")).to_be_disabled()
+    kept = found.locator('[data-row="fc1"] .c-kept .pl-number').inner_text()
+    # The curves stand beside the two other pictures, and grow.
+    pictures = page.page.locator(".prunelab img:visible")
+    expect(pictures).to_have_count(3)
+    was = pictures.last.get_attribute("src")
+    expect(pictures.last).not_to_have_attribute("src", was or "")
+    button(page, "stop training").click()
+    expect(found.locator(".pl-status-text")).to_contain_text("Stopped: ")
+    measured(found)
+    expect(found.locator('[data-row="fc1"] .c-kept .pl-number')).to_have_text(kept)
+    expect(button(page, "commit")).to_be_enabled()
+    overflow: Callable[[str], bool] = page.page.locator(".prunelab").first.evaluate
+    assert not overflow("node => node.scrollWidth > node.clientWidth + 1")
+    page.assert_no_errors()
+
+
 def test_keyboard(notebook_page: OpenNotebook) -> None:
     page = notebook_page(lenet())
     found = desk(page)
