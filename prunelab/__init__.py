@@ -21,6 +21,7 @@ from prunelab.outcomes import Outcomes as Outcomes
 from prunelab.plan import Plan as Plan, Setting as Setting
 from prunelab.preview import Estimate as Estimate, Preview as Preview
 from prunelab.profile.capture import Profile as Profile, profile as profile
+from prunelab.profile.gradients import with_gradients as with_gradients
 from prunelab.program.program import (
     Program as Program,
     cost as cost,
@@ -88,7 +89,7 @@ __all__ = [
         "profile",
         "register",
     ),
-    *("save", "sensitivity", "sliced_masks", "trace", "zoo"),
+    *("save", "sensitivity", "sliced_masks", "trace", "with_gradients", "zoo"),
 ]
 
 
