@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunelab.commit import commit as commit
+from prunelab.comparison import Comparison as Comparison, compare as compare
 from prunelab.criteria import register as register
 from prunelab.criteria.registry import criteria_names as criteria_names
 from prunelab.errors import PruneLabError as PruneLabError
@@ -59,6 +60,7 @@ _LATER = {
 
 __all__ = [
     *(
+        "Comparison",
         "DENSE",
         "Estimate",
         "Lab",
@@ -77,6 +79,7 @@ __all__ = [
         "Stopped",
         "carry",
         "commit",
+        "compare",
         "cost",
         "criteria_names",
         "datasets",

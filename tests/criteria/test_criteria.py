@@ -126,9 +126,7 @@ def test_one_of_the_users_own(program: pl.Program, profile: pl.Profile) -> None:
 @pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("needs", ["weights", "statistics"])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, "one number", "too few", "a matrix"])
-def test_scores_that_are_none_are_refused(
-    program: pl.Program, profile: pl.Profile, needs: str, wrong: object
-) -> None:
+def test_scores_that_are_none_are_refused(program: pl.Program, profile: pl.Profile, needs: str, wrong: object) -> None:
     answers = {"one number": np.float64(1), "too few": np.ones(3), "a matrix": np.ones((20, 2))}
 
     @pl.register("broken", needs=needs)
