@@ -84,7 +84,7 @@ def _filters(row: Row, state: str, dim: int) -> Array:
 
 
 def scales(row: Row) -> list[Array]:
-    """The scale γ of every norm over these channels, shape ``(channels,)``.
+    """The scale |γ| of every norm over these channels, shape ``(channels,)``.
 
     Where there is none, ‖F_c‖₂ of each producer: what γ would be for white inputs, whose response to a filter has the
     standard deviation ‖F_c‖₂, which a norm divides by.
@@ -92,7 +92,7 @@ def scales(row: Row) -> list[Array]:
     weights = [node.args.get("weight") for node in row.program.nodes if node.opname in NORMS]
     names = {row.program.nodes[ref.index].target for ref in weights if isinstance(ref, Ref)}
     found = [
-        row.program.state(slot.state).double().cpu().flatten().numpy()[slot.index].mean(1)
+        row.program.state(slot.state).double().cpu().abs().numpy()[slot.index].mean(1)
         for slot in row.layer.slots
         if slot.state in names and row.program.state(slot.state).dim() == 1
     ]

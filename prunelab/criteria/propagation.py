@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunelab.program.channels import Layer
-from prunelab.program.ids import FIXED, Ids
+from prunelab.program.ids import FIXED
 from prunelab.program.nodes import Node, Ref
 from prunelab.program.program import Program
 from prunelab.program.weighted import Weighted, weight_value, weighted_nodes
@@ -130,18 +130,14 @@ def _through(program: Program, node: Node, use: Weighted, share: Array) -> Array
         return share
     # A channel that stands in several places has its share spread evenly over them.
     each = (share / np.maximum(np.bincount(label[made], minlength=len(label)), 1))[label[made]]
+    if int(node.args.get("groups", 1)) > 1 and weight.shape[1] == 1:
+        return np.asarray(np.bincount(label[made], each * weight.flatten(1).sum(1).numpy(), len(share)), np.float64)
     found = np.zeros(len(share))
     for dim in range(weight.dim()):
-        read: Ids | None = use.ids(program, dim)
+        read = use.ids(program, dim)
         if dim != use.dim and read is not None:
-            matrix = (
-                weight.movedim((use.dim, dim), (0, 1)).flatten(2).sum(2)
-                if weight.dim() > 2
-                else weight.movedim(use.dim, 0)
-            )
+            matrix = weight.movedim((use.dim, dim), (0, 1)).reshape(len(made), len(read), -1).sum(2)
             found += np.bincount(label[read], each @ matrix.numpy(), len(share))
-    if not found.any() and int(node.args.get("groups", 1)) > 1:
-        found += np.bincount(label[made], each * weight.movedim(use.dim, 0).flatten(1).sum(1).numpy(), len(share))
     return found
 
 

@@ -74,7 +74,7 @@ def register(name: str, needs: str | Sequence[str]) -> Callable[[Callable[..., A
     It is called once for every member of a row, a residual stream having several, with what it needs:
 
     - ``weights``: filters as a matrix ``(channels, weights of one filter)``;
-    - ``scales``: γ of the norms, ``(channels,)``;
+    - ``scales``: size of γ of the norms' γ, ``(channels,)``;
     - ``statistics``: a :class:`~prunelab.profile.statistics.Statistics` over all images;
     - ``pooled``: means over positions ``(images, channels)``;
     - ``activations``: a tensor ``(images, channels, …)``;

@@ -104,7 +104,7 @@ class Gated:
         """
         with torch.no_grad():
             found, wanted = self._forward(bound, inputs)[0], bound(*inputs)
-        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise PruneLabError(
                 "No gradients can be had: your forward overwrites values in place that a gate would have to follow. "
                 "Choose a criterion that needs none, for example l1 or apoz."
@@ -116,8 +116,10 @@ class Gated:
         Raises:
             PruneLabError: the loss is not one number per image, or gradients cannot be had or are not finite.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             try:
+                # What the user made in inference mode takes no part in gradients; a copy does.
+                inputs = tuple(x.clone() if x.is_inference() else x for x in inputs)
                 outputs, opened = self._forward(bound, inputs)
                 losses = loss(outputs, labels)
                 if losses.shape != labels.shape[:1]:

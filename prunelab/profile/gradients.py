@@ -64,7 +64,7 @@ def with_gradients(
     if images < 1:
         raise PruneLabError(f"Gradients need at least one image, not images={images}.")
     gated = Gated.of(profile.program)
-    with random_kept():
+    with random_kept(), torch.inference_mode(False):
         file = None if cache is False or loss is not None else _file(profile.program, data, images, cache)
         found = _gathered(gated, _drawn(data, images), images, loss or _cross_entropy, file, progress)
     return replace(profile, gradients=found)
@@ -78,7 +78,7 @@ def _gathered(
     found = _read(file, gated.names)
     seen = _images(found)
     images = min(images, len(data)) if isinstance(data, Sized) and not isinstance(data, DataLoader) else images
-    if seen >= images or not gated.names:
+    if 0 < images <= seen or not gated.names:
         return found
     size = program.batch or _affordable(program)
     at = 0
