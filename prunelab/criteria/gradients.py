@@ -13,10 +13,10 @@ Scores = NDArray[np.float64]
 
 @register("taylor", needs="gradients")
 def taylor(gates: Gates) -> Scores:
-    """Change of the loss without the channel, mean over images of |mean_positions(∂L/∂z · z)|, per layer of norm 1.
+    """Change of the loss without the channel, |mean over positions of ∂L/∂z · z|, averaged over images.
 
-    Molchanov et al. 2017, 'Pruning convolutional neural networks for resource efficient inference', arXiv 1611.06440,
-    equations 7 and 8; z is the value after norm and activation.
+    The scores of a layer are divided by their norm ‖·‖₂; z is the value after norm and activation. Molchanov et al.
+    2017, 'Pruning convolutional neural networks for resource efficient inference', arXiv 1611.06440, equations 7 and 8.
 
     Returns:
         shape ``(channels,)``, 0 and up, with ‖scores‖₂ = 1 unless all are zero.

@@ -106,15 +106,21 @@ def statistics(row: Row) -> list[Any]:
 
 def pooled(row: Row) -> list[Array]:
     """Means over positions at every site, shape ``(images, channels)``."""
-    return [_apart(row.seen.pooled[site], row.places(site), 1).double().numpy() for site in row.sites]
+    return [_apart(row.seen.pooled[site], row.places(site), 1).double().numpy() for site in _by_image(row)]
 
 
 def activations(row: Row) -> list[Tensor]:
     """Values at every site for the first images of the sample, shape ``(images, channels, …)``."""
     return [
         _apart(row.seen.activations[site][:IMAGES], row.places(site), site_axis(row.program, row.layer, site))
-        for site in row.sites
+        for site in _by_image(row)
     ]
+
+
+def _by_image(row: Row) -> list[int]:
+    """The sites whose values are kept image by image: not those that have their images in a later dimension."""
+    program = row.program
+    return [site for site in row.sites if program.batch is not None or program.nodes[site].batched[:1] == (True,)]
 
 
 def _apart(value: Tensor, at: NDArray[np.int64], axis: int) -> Tensor:

@@ -50,7 +50,7 @@ class Criterion:
         if self.parts and profile is None:
             return f"The criterion {self.name!r} needs a profile: run profile(program, data) first."
         for part in sorted(self.parts):
-            if not getattr(profile, part) and profile is not None and profile.statistics:
+            if profile is not None and profile.statistics and not getattr(profile, part):
                 return f"The criterion {self.name!r} needs {part}, which this profile does not hold: {_ADVICE[part]}."
         return ""
 
@@ -131,14 +131,15 @@ def scores(
     A row has as many members as weights produce it, or as there are sites at which it is observed, whichever the
     criterion looks at; a residual stream has several of both. The members' scores are brought to one scale and
     combined, see :func:`~prunelab.criteria.combining.combined`. Where units are bypassed, a profile is still that of
-    the whole network, and its sites are those that are still there.
+    the whole network, and its sites are those that are still there. A row of which a criterion sees nothing, as one
+    whose values do not have images in their first dimension, scores zero throughout: the criterion tells none apart.
 
     Args:
         combine: one of :data:`~prunelab.criteria.combining.COMBINES`.
 
     Raises:
-        PruneLabError: the criterion is unknown, needs a profile that is not there, sees nothing of the layer, or gave
-        scores that are not finite.
+        PruneLabError: the criterion is unknown, needs a profile that is not there, or gave scores that are not
+        finite.
     """
     chosen = get(criterion)
     if combine not in COMBINES:
@@ -175,10 +176,7 @@ def _scored(chosen: Criterion, row: Row, combine: str) -> Scores:
     given = [MATERIALS[need].take(row) for need in chosen.needs]
     count = max(map(len, given), default=0) if all(given) else 0
     if not count:
-        raise PruneLabError(
-            f"The criterion {chosen.name!r} sees nothing of layer {row.layer.name!r}, whose channels stay within one "
-            "operator: choose a criterion of weights, for example l1."
-        )
+        return np.zeros(row.layer.channels)
     members = zip(
         *(found if MATERIALS[n].per != "row" else found * count for n, found in zip(chosen.needs, given, strict=True)),
         strict=True,

@@ -40,8 +40,9 @@ class Choosing:
             style={"description_width": "initial"},
             layout=w.Layout(width="185px", flex="0 0 auto"),
         )
-        self._about = w.HTML(layout=w.Layout(flex="1 1 0", min_width="0", margin="0 12px 0 90px"))
-        self.line = w.Box([self._about, self.combine], layout=w.Layout(display="flex", align_items="flex-start"))
+        self._about = w.HTML(layout=w.Layout(flex="1 1 340px", min_width="0", margin="0 12px 0 90px"))
+        flow = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start")
+        self.line = w.Box([self._about, self.combine], layout=flow)
         self.show()
         self.criterion.observe(self._on_criterion, "value")
         self.combine.observe(self._on_combine, "value")

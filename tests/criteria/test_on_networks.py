@@ -269,3 +269,23 @@ def orders() -> Callable[[], Any]:
 
     both = known(network), known(Network(make, network.image))
     return lambda: (*both, order)
+
+
+class PositionsFirst(nn.Module):
+    """Its values have shape (positions, images, channels) in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.b(self.a(x.transpose(0, 1)).relu().mean(0))
+        return logits
+
+
+def test_a_row_of_which_a_criterion_sees_nothing_scores_zero() -> None:
+    program, profile = known(Network(PositionsFirst, (3, 4)))
+    for criterion in pl.criteria_names():
+        found = scores(program, profile, criterion, program.layer("a"))
+        assert np.isfinite(found).all()
+        assert found.any() == (get(criterion).parts.isdisjoint({"pooled", "activations"}))
