@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunelab.commit import commit as commit
+from prunelab.comparison import Comparison as Comparison, compare as compare
 from prunelab.criteria import register as register
 from prunelab.criteria.registry import criteria_names as criteria_names
 from prunelab.errors import PruneLabError as PruneLabError
@@ -21,6 +22,7 @@ from prunelab.outcomes import Outcomes as Outcomes
 from prunelab.plan import Plan as Plan, Setting as Setting
 from prunelab.preview import Estimate as Estimate, Preview as Preview
 from prunelab.profile.capture import Profile as Profile, profile as profile
+from prunelab.profile.gradients import with_gradients as with_gradients
 from prunelab.program.program import (
     Program as Program,
     cost as cost,
@@ -63,6 +65,7 @@ _LATER = {
 
 __all__ = [
     *(
+        "Comparison",
         "DENSE",
         "Augment",
         "Estimate",
@@ -83,6 +86,7 @@ __all__ = [
         "Stopped",
         "carry",
         "commit",
+        "compare",
         "cost",
         "criteria_names",
         "csgd",
@@ -97,7 +101,7 @@ __all__ = [
         "profile",
         "register",
     ),
-    *("save", "sensitivity", "sliced_masks", "trace", "zoo"),
+    *("save", "sensitivity", "sliced_masks", "trace", "with_gradients", "zoo"),
 ]
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prunelab.criteria.combining import COMBINES
 from prunelab.criteria.registry import Scores, get, scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.profile.capture import Profile
@@ -119,6 +120,8 @@ class Plan:
         bypassed: names of the layers and blocks that are removed whole, sorted; see ``program.units``.
         multiple: widths that a ratio or std leaves are rounded up to a multiple of this, see :mod:`prunelab.widths`;
             channels removed by hand and single weights are as they were set.
+        combine: how a row with several members, as a residual stream, gets its scores from theirs, one of
+            :data:`prunelab.criteria.COMBINES`; see :func:`prunelab.criteria.combining.combined`.
     """
 
     criterion: str = "l1"
@@ -128,11 +131,14 @@ class Plan:
     repair: str = "none"
     bypassed: tuple[str, ...] = ()
     multiple: int = 1
+    combine: str = "mean"
 
     def __post_init__(self) -> None:
         get(self.criterion)
         if self.repair not in REPAIRS:
             raise unknown("repair", str(self.repair), REPAIRS)
+        if self.combine not in COMBINES:
+            raise unknown("way to combine", str(self.combine), COMBINES)
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or self.seed < 0:
             raise PruneLabError(f"The seed of a plan must be a whole number from 0, not {self.seed!r}.")
         if isinstance(self.multiple, bool) or not isinstance(self.multiple, Integral) or self.multiple < 1:
@@ -211,6 +217,7 @@ class Plan:
                 "repair": self.repair,
                 "bypassed": self.bypassed,
                 "multiple": self.multiple,
+                "combine": self.combine,
                 "settings": settings,
             },
             indent=1,
@@ -241,6 +248,7 @@ class Plan:
         head += [f"network={self.network!r}"] if self.network else []
         head += [f"repair={self.repair!r}"] if self.repair != "none" else []
         head += [f"multiple={self.multiple}"] if self.multiple != 1 else []
+        head += [f"combine={self.combine!r}"] if self.combine != "mean" else []
         lines = [f"pl.Plan({', '.join(head)})", *(f"    .bypass({unit!r})" for unit in self.bypassed)]
         for name, s in self.settings.items():
             given = {
@@ -285,7 +293,7 @@ class Plan:
         if self.network and self.network != program.base.digest:
             raise PruneLabError("This plan was made for another network; its layers are not those of this one.")
         program = program.without(self.bypassed)
-        score = score or (lambda layer: scores(program, profile, self.criterion, layer, self.seed))
+        score = score or (lambda layer: scores(program, profile, self.criterion, layer, self.seed, self.combine))
         kept: dict[str, tuple[int, ...]] = {}
         masks: dict[str, Tensor] = {}
         seen: dict[str, str] = {}

@@ -79,6 +79,7 @@ class Sensitivity:
         base: accuracy with nothing cut, on the same ``n`` images.
         precision: of the arithmetic.
         measure: ``accuracy``, or the name of a score of your own.
+        combine: how rows with several members got their scores.
         points: in the order in which they were measured.
     """
 
@@ -93,6 +94,7 @@ class Sensitivity:
     precision: str
     measure: str = "accuracy"
     points: tuple[Measured, ...] = ()
+    combine: str = "mean"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", MappingProxyType(dict(self.channels)))
@@ -178,6 +180,7 @@ def sensitivity(
     profile: Profile | None = None,
     criterion: str = "l1",
     seed: int = 0,
+    combine: str = "mean",
     ratios: Sequence[float] = RATIOS,
     repair: str = "none",
     repair_images: Tensor | None = None,
@@ -201,7 +204,8 @@ def sensitivity(
         images: shape ``(images, …)`` as the network takes them.
         labels: shape ``(images,)``, class numbers, or whatever ``score`` takes.
         profile: for criteria that need one.
-        criterion: which channels go first, as in :class:`prunelab.Plan`; ``seed`` is that of ``random``.
+        criterion: which channels go first, as in :class:`prunelab.Plan`; ``seed`` is that of ``random``, and
+            ``combine`` that of rows with several members.
         ratios: share of a layer's channels to remove, 0 to 1; always rounded down, and one channel stays.
         repair: one of :data:`prunelab.plan.REPAIRS`, done anew for every point, from ``repair_images``.
         n: images; fewer than there are are drawn at random, always the same.
@@ -237,6 +241,7 @@ def sensitivity(
         n=base.n,
         precision=base.precision,
         measure="accuracy" if score is None else getattr(score, "__name__", "score"),
+        combine=combine,
     )
     sample = None if repair == "none" else repair_images
     file = scan_file(
@@ -256,7 +261,7 @@ def _ratios(ratios: Sequence[float]) -> tuple[float, ...]:
 def _cuts(program: Program, profile: Profile | None, scan: Sensitivity) -> list[tuple[str, float, Selection]]:
     """Layer, ratio and what that removes, in order of execution."""
     free = [layer for layer in program.layers if not layer.pinned]
-    known = {layer.name: scores(program, profile, scan.criterion, layer, scan.seed) for layer in free}
+    known = {layer.name: scores(program, profile, scan.criterion, layer, scan.seed, scan.combine) for layer in free}
     cuts = []
     for layer, ratio in product(free, scan.ratios):
         plan = Plan(scan.criterion, {layer.name: Setting(ratio=ratio)}, scan.seed, bypassed=program.bypassed)

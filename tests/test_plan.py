@@ -457,3 +457,14 @@ def test_coupled_layers_follow_the_first() -> None:
 def test_units_that_do_not_exist_are_named_with_their_neighbours(residual: pl.Program) -> None:
     with pytest.raises(pl.PruneLabError, match=r"no layer or block to bypass 'layer1.7'.*'layer1.1'"):
         pl.Plan().bypass("layer1.7").resolve(residual)
+
+
+def test_the_way_to_combine_members_is_part_of_the_plan() -> None:
+    plan = pl.Plan("l1", combine="max").set("conv1", ratio=0.5)
+    assert pl.Plan.from_json(plan.to_json()) == plan
+    assert pl.Plan.from_python(plan.to_python()) == plan
+    assert "combine='max'" in plan.to_python()
+    assert "combine" not in pl.Plan("l1").to_python()
+    assert hash(plan) != hash(pl.Plan("l1").set("conv1", ratio=0.5))
+    with pytest.raises(pl.PruneLabError, match="no way to combine 'median'"):
+        pl.Plan(combine="median")

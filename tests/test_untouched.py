@@ -164,11 +164,23 @@ def test_a_profile_that_is_stopped_or_fails(model: nn.Module) -> None:
             pl.profile(program, torch.full((4, 3, 32, 32), torch.nan), cache=False, progress=False)
 
 
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_gradients_for_criteria(model: nn.Module, around: Callable[[], Any]) -> None:
+    program = pl.trace(model, NETWORK.images(dtype=torch.float32))
+    profile = pl.profile(program, Augmented(), cache=False, progress=False)
+    with around(), untouched(model):
+        found = pl.with_gradients(profile, Augmented(), cache=False, progress=False)
+        with pytest.raises(pl.Stopped):
+            pl.with_gradients(profile, Augmented(), cache=False, progress=lambda *_: False)
+    assert found.gradients
+
+
 @pytest.mark.parametrize("criterion", pl.criteria_names())
 def test_resolve_cost_and_preview(model: nn.Module, criterion: str) -> None:
     images, labels = NETWORK.images(64, torch.float32), torch.arange(64) % 10
     program = pl.trace(model, images)
     profile = pl.profile(program, images, cache=False, progress=False)
+    profile = pl.with_gradients(profile, list(zip(images, labels, strict=True)), cache=False, progress=False)
     with untouched(model):
         plan = pl.Plan(criterion).set("layer1.0.conv1", ratio=0.5).set("layer2.0.conv1", std=0.5)
         selection = plan.set("layer3.0.conv1", ratio=0.5, grain="weight").resolve(program, profile)

@@ -13,9 +13,9 @@ from typing import Any
 import ipywidgets as w
 from torch import nn
 
-from prunelab.criteria.registry import criteria_names
 from prunelab.errors import PruneLabError
 from prunelab.explorer import plots
+from prunelab.explorer.choosing import Choosing
 from prunelab.explorer.desk import (
     Desk,
     estimate_of,
@@ -84,6 +84,7 @@ class Explorer(w.VBox):
         self.add_class("prunelab")
         if lab.profile is None:
             lab.run_profile()
+        lab.prepare(lab.plan.criterion)
         self._show_network()
         self.desk.observe(self._on_edit, "edits")
         self.desk.observe(self._on_view, ["selected", "dark"])
@@ -92,8 +93,8 @@ class Explorer(w.VBox):
     # Layout ---------------------------------------------
 
     def _build(self) -> None:
-        self._criterion = w.Dropdown(options=criteria_names(), value=self.lab.plan.criterion, description="criterion",
-                                     layout=w.Layout(width="230px"))  # fmt: skip
+        self._choosing = Choosing(self)
+        self._criterion = self._choosing.criterion
         self._repair = w.Dropdown(options=tuple(REPAIRS), value=self.lab.plan.repair, description="repair",
                                   layout=w.Layout(width="220px"))  # fmt: skip
         self._repaired = w.HTML(layout=w.Layout(display="none", margin="0 0 0 90px"))
@@ -120,6 +121,7 @@ class Explorer(w.VBox):
         self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
         controls = w.VBox([
             self._line(self._criterion, self._grain, self._ratio, self._tools.multiple),
+            self._choosing.line,
             self._line(
                 self._repair, self._measure, self._scan, self._tools.speed, self._tools.changed, self._commit,
                 self._stopper,
@@ -138,7 +140,6 @@ class Explorer(w.VBox):
         ], layout=w.Layout(margin="8px 0 0 0"))  # fmt: skip
         self._arrange(controls)
         self._repair.observe(self._on_repair, "value")
-        self._criterion.observe(self._on_criterion, "value")
         self._grain.observe(self._on_grain, "value")
         self._ratio.observe(self._on_ratio, "value")
 
@@ -187,7 +188,7 @@ class Explorer(w.VBox):
         self.desk.layers = layers_of(self.lab)
         self._scans.show()
         self.desk.revision += 1
-        self._criterion.value = self.lab.plan.criterion
+        self._choosing.show()
         self._repair.value = self.lab.plan.repair
         self._after_edit()
 
@@ -318,16 +319,12 @@ class Explorer(w.VBox):
     def _change(self, action: Callable[[], None]) -> None:
         """A change of plan or network that did not start in the rows."""
         self._refuse_while_busy()
-        before = (self.lab.program, self.lab.plan.criterion, self.lab.plan.multiple)
+        before = (self.lab.program, self._choosing.chosen, self.lab.plan.multiple)
         action()
-        if (self.lab.program, self.lab.plan.criterion, self.lab.plan.multiple) == before:
+        if (self.lab.program, self._choosing.chosen, self.lab.plan.multiple) == before:
             self._show_plan()
         else:
             self._show_network()
-
-    def _on_criterion(self, change: dict[str, Any]) -> None:
-        if change["new"] != self.lab.plan.criterion:
-            self._guard(lambda: self._change(lambda: self.lab.criterion(change["new"])))
 
     def _on_repair(self, change: dict[str, Any]) -> None:
         if change["new"] != self.lab.plan.repair:
@@ -384,7 +381,7 @@ class Explorer(w.VBox):
         for widget in (
             self._measure,
             self._scan,
-            self._criterion,
+            *self._choosing.controls,
             self._grain,
             self._ratio,
             self._repair,

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from prunelab.commit import commit
-from prunelab.criteria.registry import Scores, get, scores
+from prunelab.criteria.measuring import profile_for
+from prunelab.criteria.registry import Scores, scores
 from prunelab.datasets import class_names, displayed
 from prunelab.errors import PruneLabError
 from prunelab.explorer.keeping import read_lab, write_lab
@@ -106,7 +107,7 @@ class Lab:
         self._points: list[Point] = []
         self._timed: dict[str, Latency] = {}
         # By program, and weakly: a network that undo can no longer reach takes its scores along.
-        self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
+        self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str, str], Scores]] = WeakKeyDictionary()
         self._repairer: Repairer | None = None
         self._repaired = Repaired()
         # The last sensitivity scan, of whichever network was current then.
@@ -197,9 +198,9 @@ class Lab:
     def _score(self, plan: Plan, layer: Layer) -> Scores:
         program = self.stage.program.without(plan.bypassed)
         held = self._scores.setdefault(program, {})
-        key = (plan.criterion, plan.seed, layer.name)
+        key = (plan.criterion, plan.seed, plan.combine, layer.name)
         if key not in held:
-            held[key] = scores(program, self.profile, plan.criterion, layer, plan.seed)
+            held[key] = scores(program, self.profile, plan.criterion, layer, plan.seed, plan.combine)
         return held[key]
 
     # Planning ---------------------------------------------
@@ -261,8 +262,16 @@ class Lab:
         self.use(replace(self.plan, multiple=of))
 
     def criterion(self, name: str) -> None:
-        """Score channels by another criterion."""
+        """Score channels by another criterion; what it needs to know of the network is measured first."""
         self.use(replace(self.plan, criterion=name))
+
+    def combine(self, how: str) -> None:
+        """Score rows with several members, as residual streams, by their members' mean, max or sum.
+
+        Raises:
+            PruneLabError: there is no such way; the plan stays as it was.
+        """
+        self.use(replace(self.plan, combine=how))
 
     def reset(self) -> None:
         """Remove nothing; locks stay."""
@@ -289,8 +298,7 @@ class Lab:
 
     def _fitting(self, plan: Plan) -> Plan:
         """The plan for this network, after checking that it fits."""
-        if get(plan.criterion).needs == "statistics" and self.profile is None:
-            self.run_profile()
+        self.prepare(plan.criterion)
         if not plan.network:
             plan = replace(plan, network=self.stage.program.digest)
         self._resolve(plan)
@@ -346,7 +354,22 @@ class Lab:
 
     def run_profile(self, progress: Progress | bool = True) -> Profile:
         """Profile the current network on the training set; from the cache where it was done before."""
-        found = profile(self.stage.program, _in_order(self.train), cache=self.cache, progress=progress)
+        return self._know(profile(self.stage.program, _in_order(self.train), cache=self.cache, progress=progress))
+
+    def prepare(self, criterion: str, progress: Progress | bool = True) -> None:
+        """Measure what a criterion needs to know of the current network and is not known yet.
+
+        Raises:
+            PruneLabError: there is no such criterion, or what it needs cannot be had.
+            Stopped: the progress function returned False; what is done is kept in the cache.
+        """
+        program, data = self.stage.program, _in_order(self.train)
+        found = profile_for(program, data, criterion, known=self.profile, cache=self.cache, progress=progress)
+        if found is not None and found is not self.profile:
+            self._know(found)
+
+    def _know(self, found: Profile) -> Profile:
+        """The current network with this profile, here and in the history."""
         old = self.stage
         new = replace(old, profile=found)
         self._now = (new, self.plan)
@@ -579,8 +602,7 @@ class Lab:
         stage = self._stage(trace(model, self.stage.program.example), masks)
         plan = replace(self.plan, settings={}, bypassed=(), network=stage.program.digest)
         self._move((stage, plan))
-        if get(plan.criterion).needs == "statistics":
-            self.run_profile()
+        self.prepare(plan.criterion)
         self._add(label, self.stage.preview.accuracy())
 
     def _stage(self, program: Program, masks: Mapping[str, Tensor]) -> Stage:

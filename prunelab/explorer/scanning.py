@@ -41,6 +41,7 @@ def scan(lab: Lab, on_layer: Callable[[Sensitivity], None] | None = None, **sett
     given: dict[str, Any] = {
         "criterion": plan.criterion,
         "seed": plan.seed,
+        "combine": plan.combine,
         "repair": plan.repair,
         "cache": lab.cache,
         "memory": preview.memory.budget,
@@ -57,6 +58,7 @@ def stale(lab: Lab) -> str:
     seed = found.seed != plan.seed and plan.criterion == "random"
     differs = {
         f"by {found.criterion}": found.criterion != plan.criterion or seed,
+        f"combined by {found.combine}": found.combine != plan.combine,
         "without repair" if found.repair == "none" else f"with repair {found.repair}": found.repair != plan.repair,
         "with other blocks and layers removed": lab.scanned.program.bypassed != plan.bypassed,
     }

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunelab.errors import PruneLabError
 from prunelab.profile import store
+from prunelab.profile.gates import Gates
 from prunelab.profile.statistics import Statistics
 from prunelab.program.channels import Layer, channel_axis, positions
 from prunelab.program.program import Program
@@ -35,6 +36,8 @@ class Profile:
         pooled: by site, means over positions of the first images, float32 ``(images, channels)``: up to 2,048, fewer
             where they would take more than an eighth of the byte budget; memory-mapped likewise.
         room: for how many images there is room in ``activations`` and in ``pooled``.
+        gradients: what closing each channel would change the loss by, by the names that
+            :mod:`prunelab.profile.gates` gives; empty unless :func:`prunelab.with_gradients` made this profile.
     """
 
     program: Program
@@ -44,12 +47,13 @@ class Profile:
     folder: Path | None
     pooled: Mapping[int, Tensor] = field(default_factory=dict)
     room: tuple[int, int] = (0, 0)
+    gradients: Mapping[str, Gates] = field(default_factory=dict)
 
     def merge(self, *others: Profile) -> Profile:
         """The profile of all parts of a data set, from those of its parts in order, this one first.
 
         Statistics are those of one pass over all parts, to float64's rounding; activations and pooled responses are
-        those of the first images, as many as this part has room for.
+        those of the first images, as many as this part has room for. Gradients are there if all parts have them.
 
         Raises:
             PruneLabError: the parts are of different networks.
@@ -69,6 +73,11 @@ class Profile:
                 activations=_joined(merged, merged.activations, other.activations, self.room[0]),
                 pooled=_joined(merged, merged.pooled, other.pooled, self.room[1]),
                 folder=None,
+                gradients={
+                    name: found.merge(other.gradients[name])
+                    for name, found in merged.gradients.items()
+                    if name in other.gradients
+                },
             )
         return merged
 

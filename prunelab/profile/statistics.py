@@ -81,6 +81,16 @@ class Statistics:
         """Statistics of both parts together."""
         return Statistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def at(self, places: NDArray[np.int64]) -> Statistics:
+        """Statistics of some of the channels.
+
+        Args:
+            places: shape ``(channels, times)``; what stands in several places counts as so many images.
+        """
+        summed = (getattr(self, f.name)[places].sum(1) for f in fields(self)[2:])
+        times = places.shape[1]
+        return Statistics(self.images * times, self.positions * times, *summed)
+
     def arrays(self) -> dict[str, Array]:
         """All fields as arrays, for storing."""
         return {f.name: np.asarray(getattr(self, f.name), np.float64) for f in fields(self)}

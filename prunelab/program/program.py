@@ -190,6 +190,11 @@ class Program:
         """A parameter or buffer of the user's model, detached (shared memory: read only)."""
         return self._tensors[name].detach()
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor of the network was overwritten: another number where it was trained meanwhile."""
+        tensors = (self.state(name) for name in self.base.state_nodes)
+        return tuple(0 if t.is_inference() else t._version for t in tensors)
+
     def position(self, name: str) -> int:
         """Place of a layer in ``layers``, by its name or by the module path of one of its producers.
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunelab.commit import commit
-from prunelab.criteria.registry import get
+from prunelab.criteria.measuring import profile_for
 from prunelab.optimizers import build, carry, read
 from prunelab.plan import Plan
 from prunelab.preview import labelled
-from prunelab.profile.capture import profile
 from prunelab.program.program import cost, sliced_masks, trace
 from prunelab.program.selection import Selection
 from prunelab.train.finetune import finetune
@@ -84,7 +83,7 @@ def iterative(
     rounds: list[Round] = []
     for plan in plans:
         program = trace(now, example)
-        statistics = profile(program, train, progress=False) if get(plan.criterion).needs == "statistics" else None
+        statistics = profile_for(program, train, plan.criterion, progress=False)
         selection = with_masks(plan.resolve(program, statistics), masks)
         images = labelled(getattr(train, "dataset", train), _REPAIR_IMAGES)[0] if plan.repair != "none" else None
         now = commit(program, selection, repair=plan.repair, images=images)

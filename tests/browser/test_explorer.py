@@ -319,3 +319,21 @@ def test_fits(notebook_page: OpenNotebook, width: int, dark: bool) -> None:
         name = f"explorer-{width}-{'dark' if dark else 'light'}.png"
         page.page.screenshot(path=Path(folder) / name)
     page.assert_no_errors()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 1600])
+def test_a_criterion_of_gradients_is_chosen(notebook_page: OpenNotebook, width: int, dark: bool) -> None:
+    page = notebook_page([OPEN.format(name="resnet20", size=500, title="ResNet-20")], width, 1000, dark)
+    found = desk(page)
+    chosen = page.page.locator(".prunelab .widget-dropdown", has_text="criterion").locator("select")
+    chosen.select_option("taylor")
+    expect(found).to_contain_text("Channels are scored by taylor.")
+    expect(page.page.locator(".prunelab")).to_contain_text("Change of the loss without the channel")
+    measured(found)
+    overflow: Callable[[str], bool] = page.page.locator(".prunelab").first.evaluate
+    assert not overflow("node => node.scrollWidth > node.clientWidth + 1")
+    if folder := os.environ.get("PRUNELAB_PICTURES"):
+        button(page, "fine-tune").scroll_into_view_if_needed()
+        page.page.screenshot(path=Path(folder) / f"criterion-{width}-{'dark' if dark else 'light'}.png")
+    page.assert_no_errors()

@@ -86,12 +86,15 @@ def test_apoz_is_measured_after_the_norm_not_before_it() -> None:
     assert scores(program, profile, "apoz", program.layer("conv")).tolist() == [-1.0, 0.0, 0.0]
 
 
-def test_a_stream_gets_the_mean_of_its_producers() -> None:
+def test_producers_of_a_stream_are_brought_to_one_scale_and_combined() -> None:
     program = pl.trace(zoo.resnet20("projection").double(), torch.randn(2, 3, 32, 32).double())
     stream = program.layer("layer3 stream")
     each = [program.model.get_parameter(f"{m}.weight").detach().abs().flatten(1).sum(1) for m in stream.members]
     assert len(each) == 4
-    assert np.allclose(scores(program, None, "l1", stream), torch.stack(each).mean(0), rtol=1e-12)
+    alike = torch.stack([norms / norms.square().mean().sqrt() for norms in each])
+    wanted = {"mean": alike.mean(0), "max": alike.amax(0), "sum": alike.sum(0)}
+    for how, expected in wanted.items():
+        assert np.allclose(scores(program, None, "l1", stream, combine=how), expected, rtol=1e-12)
 
 
 def test_random_is_seeded_by_plan_and_layer(program: pl.Program) -> None:
@@ -123,9 +126,7 @@ def test_one_of_the_users_own(program: pl.Program, profile: pl.Profile) -> None:
 @pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("needs", ["weights", "statistics"])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, "one number", "too few", "a matrix"])
-def test_scores_that_are_none_are_refused(
-    program: pl.Program, profile: pl.Profile, needs: registry.Needs, wrong: object
-) -> None:
+def test_scores_that_are_none_are_refused(program: pl.Program, profile: pl.Profile, needs: str, wrong: object) -> None:
     answers = {"one number": np.float64(1), "too few": np.ones(3), "a matrix": np.ones((20, 2))}
 
     @pl.register("broken", needs=needs)
