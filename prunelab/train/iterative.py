@@ -26,7 +26,7 @@ from prunelab.train.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
-_REPAIR_IMAGES = 1000
+REPAIR_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def iterative(
         program = trace(now, example)
         statistics = profile(program, train, progress=False) if get(plan.criterion).needs == "statistics" else None
         selection = with_masks(plan.resolve(program, statistics), masks)
-        images = labelled(getattr(train, "dataset", train), _REPAIR_IMAGES)[0] if plan.repair != "none" else None
+        images = labelled(getattr(train, "dataset", train), REPAIR_IMAGES)[0] if plan.repair != "none" else None
         now = commit(program, selection, repair=plan.repair, images=images)
         masks, optimizer = sliced_masks(program, selection), carry(optimizer, program, selection, now)
         here = None if folder is None else Path(folder) / f"round-{len(rounds) + 1}"
