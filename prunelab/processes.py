@@ -6,6 +6,7 @@ meetings: every process must come to each of them, in the same order, or the oth
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,14 @@ class Processes:
         if not (distributed.is_available() and distributed.is_initialized()):
             return Processes()
         return Processes(distributed.get_rank(), distributed.get_world_size())
+
+    @staticmethod
+    def leave() -> None:
+        """End what joined them, where anything did."""
+        if distributed.is_available() and distributed.is_initialized():
+            # A wrapped network that outlives its group ends the process with an abort, now and then.
+            gc.collect()
+            distributed.destroy_process_group()
 
     @property
     def main(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -92,7 +93,7 @@ def _summed(mine: Profile, processes: Processes) -> dict[int, Statistics]:
 
 def _of_nothing(channels: int) -> dict[str, Array]:
     """Statistics of no images."""
-    return {name: 0 * each for name, each in measure(torch.zeros(1, channels), 1).arrays().items()}
+    return {name: np.zeros_like(each) for name, each in measure(torch.zeros(1, channels), 1).arrays().items()}
 
 
 def _of_the_first(

@@ -6,7 +6,6 @@ The folder is read by all processes, so it must lie where all machines see it; t
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from prunelab.profile.batches import in_order
 from prunelab.profile.capture import profile
 from prunelab.program.program import sliced_masks, trace
 from prunelab.program.run import removes_anything
-from prunelab.saving import save
+from prunelab.saving import Record, save
 from prunelab.train.finetune import finetune
 from prunelab.train.iterative import REPAIR_IMAGES
 from prunelab.train.keeping import Kept, read_lab, write_lab
@@ -56,10 +55,9 @@ def finetune_run(folder: Path, say: Say) -> None:
     """
     with joined_processes() as (processes, _):
         run, kept, train, val = processes.all_or_none(partial(_read, folder), "read the folder")
-        cut = partial(_cut, kept, train, val)
-        small = processes.all_or_none(partial(_committed, folder, kept, cut, processes.main), "commit the plan")
-        # Not before the main process has written it.
-        small = small or read_lab(folder / "committed", lambda _: run.make_model)
+        commit_once = partial(_commit, folder, kept, train, val) if processes.main else lambda: None
+        processes.all_or_none(commit_once, "commit the plan")
+        small = _read_committed(folder, run, kept)
         if processes.main:
             parameters = sum(p.numel() for p in small.model.parameters())
             say(f"{parameters:,} parameters, {processes.count} process{'es' * (processes.count > 1)}")
@@ -97,10 +95,7 @@ def joined_processes() -> Iterator[tuple[Processes, torch.device]]:
     with accelerated("no") as accelerator:
         yield Processes.here(), accelerator.device
     # After trouble nobody waits: the launcher ends those that are left.
-    if torch.distributed.is_initialized():
-        # What holds the group, such as the wrapped network, must be gone before it.
-        gc.collect()
-        torch.distributed.destroy_process_group()
+    Processes.leave()
 
 
 def _read(folder: Path) -> tuple[RunFile, Kept, Any, Any]:
@@ -110,28 +105,34 @@ def _read(folder: Path) -> tuple[RunFile, Kept, Any, Any]:
     return run, kept, run.train(), run.val()
 
 
-def _committed(folder: Path, kept: Kept, cut: Callable[[], Kept], main: bool) -> Kept | None:
-    """The committed network, where it was committed before; else it is committed, and None says that it is to be read.
+def _commit(folder: Path, kept: Kept, train: Any, val: Any) -> None:
+    """Write what the plan leaves, unless it was written before.
 
     Once and for all processes: another machine, and the same one tomorrow, may round a repair otherwise.
+    """
+    if not (folder / "committed" / "lab.json").exists():
+        write_lab(folder / "committed", replace(_cut(kept, train, val), record={"of": _origin(kept)}))
+
+
+def _read_committed(folder: Path, run: RunFile, kept: Kept) -> Kept:
+    """What the plan left.
 
     Raises:
-        PruneLabError: it is the commit of another plan or network.
+        PruneLabError: it is what another plan left, or of another network.
     """
-    place = folder / "committed"
-    run = {name: kept.record[KEY][name] for name in ("make_model", "train")}
-    of = {"tensors": kept.record["tensors"], "plan": kept.record["plan"], "cut": kept.record["cut"], **run}
-    if (place / "lab.json").exists():
-        made = read_lab(place, lambda record: RunFile.from_record(kept.record, folder).make_model)
-        if made.record["of"] != of:
-            raise PruneLabError(
-                f"{place} is the commit of another plan or network than the lab in {folder}: save the lab to a folder "
-                "of its own, or remove committed, checkpoints and result to begin again."
-            )
-        return made
-    if main:
-        write_lab(place, replace(cut(), record={"of": of}))
-    return None
+    found = read_lab(folder / "committed", lambda _: run.make_model)
+    if found.record["of"] != _origin(kept):
+        raise PruneLabError(
+            f"{folder / 'committed'} is the commit of another plan or network than the lab in {folder}: save the lab "
+            "to a folder of its own, or remove committed, checkpoints and result to begin again."
+        )
+    return found
+
+
+def _origin(kept: Kept) -> Record:
+    """What a commit is made from."""
+    named = {name: kept.record[KEY][name] for name in ("make_model", "train")}
+    return {name: kept.record[name] for name in ("tensors", "plan", "cut")} | named
 
 
 def _cut(kept: Kept, train: Any, val: Any) -> Kept:

@@ -121,7 +121,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no network": ({"make_model": ("running:val", {})}, "must be a function that gives the uncut torch.nn.Module"),
     "data missing": ({"train": ("running:missing", {})}, "'running:missing' failed (FileNotFoundError: no folder"),
     "wrong argument": ({"train": ("running:train", {"sort": 1})}, "'running:train' failed (TypeError"),
-    "other images": ({"val": ("running:small_images", {})}, ""),
+    "other images": ({"val": ("running:small_images", {})}, "cannot run on an example input of shape [(2, 3, 5, 5)]"),
 }
 
 
