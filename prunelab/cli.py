@@ -20,6 +20,7 @@ import time
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -83,6 +84,41 @@ def _parser() -> argparse.ArgumentParser:
         command.arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
+
+
+# -- prunelab finetune, prunelab profile ---------------------------------------------
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="RUN",
+        help="a folder that lab.save(…, make_model=…, train=…, val=…) wrote; the code that it names is run",
+    )
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from prunelab.train.run_folder import finetune_run
+
+    _import_from_here()
+    finetune_run(arguments.folder, partial(print, flush=True))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from prunelab.train.run_folder import profile_run
+
+    _import_from_here()
+    profile_run(arguments.folder, partial(print, flush=True))
+    return 0
+
+
+def _import_from_here() -> None:
+    """Modules in the current folder can be imported, as with ``python -m``; those in RUN cannot."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 # -- prunelab lab ---------------------------------------------
@@ -308,7 +344,11 @@ def _announce(port: int, address: str, opens_browser: bool) -> None:
     print("Ctrl-C here stops it.", flush=True)
 
 
-COMMANDS: tuple[Command, ...] = (Command("lab", "Open the explorer's notebooks in JupyterLab", _lab_arguments, _lab),)
+COMMANDS: tuple[Command, ...] = (
+    Command("lab", "Open the explorer's notebooks in JupyterLab", _lab_arguments, _lab),
+    Command("finetune", "Commit and fine-tune from a folder; again, go on where it was", _run_arguments, _finetune),
+    Command("profile", "Profile the network of a folder on its training set", _run_arguments, _profile),
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

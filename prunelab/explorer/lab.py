@@ -18,7 +18,6 @@ from prunelab.criteria.measuring import profile_for
 from prunelab.criteria.registry import Scores, scores
 from prunelab.datasets import class_names, displayed
 from prunelab.errors import PruneLabError
-from prunelab.explorer.keeping import read_lab, write_lab
 from prunelab.explorer.scanning import Scanned, scan
 from prunelab.explorer.stage import Point, Stage
 from prunelab.explorer.timed import columns, from_plain, to_plain
@@ -27,6 +26,7 @@ from prunelab.latency import Latency, latency
 from prunelab.outcomes import Outcomes
 from prunelab.plan import Plan, Setting, in_force
 from prunelab.preview import Estimate, Precision, Preview, labelled
+from prunelab.profile.batches import in_order
 from prunelab.profile.capture import Profile, profile
 from prunelab.program.cache import Cache
 from prunelab.program.channels import Layer
@@ -40,8 +40,11 @@ from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
 from prunelab.train.csgd import Squeezed
+from prunelab.train.keeping import Kept, read_lab, write_lab
 from prunelab.train.masks import with_masks
 from prunelab.train.position import Epoch
+from prunelab.train.recipe import Recipe
+from prunelab.train.runfile import RunFile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -354,7 +357,7 @@ class Lab:
 
     def run_profile(self, progress: Progress | bool = True) -> Profile:
         """Profile the current network on the training set; from the cache where it was done before."""
-        return self._know(profile(self.stage.program, _in_order(self.train), cache=self.cache, progress=progress))
+        return self._know(profile(self.stage.program, in_order(self.train), cache=self.cache, progress=progress))
 
     def prepare(self, criterion: str, progress: Progress | bool = True) -> None:
         """Measure what a criterion needs to know of the current network and is not known yet.
@@ -363,7 +366,7 @@ class Lab:
             PruneLabError: there is no such criterion, or what it needs cannot be had.
             Stopped: the progress function returned False; what is done is kept in the cache.
         """
-        program, data = self.stage.program, _in_order(self.train)
+        program, data = self.stage.program, in_order(self.train)
         found = profile_for(program, data, criterion, known=self.profile, cache=self.cache, progress=progress)
         if found is not None and found is not self.profile:
             self._know(found)
@@ -462,7 +465,7 @@ class Lab:
         Args: as :func:`prunelab.sensitivity`.
         """
         if settings.get("repair", self.plan.repair) != "none":
-            settings.setdefault("repair_images", labelled(_in_order(self.train), REPAIR_IMAGES)[0])
+            settings.setdefault("repair_images", labelled(in_order(self.train), REPAIR_IMAGES)[0])
         return scan(self, **settings)
 
     def _measured(
@@ -488,7 +491,7 @@ class Lab:
         if self.plan.repair == "none":
             return None
         if self._repairer is None or self._repairer.program is not self.stage.program:
-            self._repairer = Repairer(self.stage.program, labelled(_in_order(self.train), REPAIR_IMAGES)[0])
+            self._repairer = Repairer(self.stage.program, labelled(in_order(self.train), REPAIR_IMAGES)[0])
         return self._repairer
 
     def _repair_of(self, selection: Selection, wanted: Wanted = always) -> Repaired:
@@ -610,19 +613,33 @@ class Lab:
 
     # Keeping ---------------------------------------------
 
-    def save(self, folder: Path | str) -> None:
+    def save(
+        self, folder: Path | str, *, make_model: Any = None, train: Any = None, val: Any = None,
+        recipe: Recipe | None = None,
+    ) -> None:  # fmt: skip
         """Write the current network's tensors (safetensors), the plan and all points (JSON) to a folder.
 
+        With ``make_model``, ``train`` and ``val``, ``prunelab finetune FOLDER`` commits the plan and fine-tunes, on
+        this machine or on many. They are functions by import path, ``"package.module:function"``, or a path and a dict
+        of arguments; whoever trains from the folder runs that code.
+
+        Args:
+            make_model: of the function that gives the network which was first given, its tensors do not matter.
+            train, val: of the functions that give the training and the validation set, each a Dataset or DataLoader.
+            recipe: how to train; plain values and an :class:`prunelab.Augment` only.
+
         Raises:
-            PruneLabError: the folder cannot be written.
+            PruneLabError: the folder cannot be written, a function cannot be imported, or the recipe needs pickle.
         """
+        run = RunFile.of(make_model, train, val, recipe)
         record = {
+            **(run.to_record() if run is not None else {}),
             "name": self.name,
             "plan": self.plan.to_json(),
             "points": [vars(point) for point in self._points],
             "times": {plan: to_plain(found) for plan, found in self._timed.items()},
         }
-        write_lab(Path(folder), self.model, self.stage.masks, record)
+        write_lab(Path(folder), Kept(self.model, self.stage.masks, self.selection, record))
 
     def export(self, path: Path | str) -> Path:
         """Write the current network to a ``.pt2``, ``.onnx`` or ``.safetensors`` file, as :func:`prunelab.export`."""
@@ -641,15 +658,11 @@ class Lab:
         Raises:
             PruneLabError: the folder holds no lab, or the saved tensors are another network's.
         """
-        model, masks, record = read_lab(Path(folder), make_model)
-        lab = cls(model, train, val, name=record["name"], **settings)
-        lab._now = (replace(lab.stage, masks=masks), lab.plan)
+        kept = read_lab(Path(folder), lambda _: make_model)
+        record = kept.record
+        lab = cls(kept.model, train, val, name=record["name"], **settings)
+        lab._now = (replace(lab.stage, masks=kept.masks), lab.plan)
         lab._points = [Point(**point) for point in record["points"]]
         lab._timed = {plan: from_plain(found) for plan, found in record.get("times", {}).items()}
         lab.use(Plan.from_json(record["plan"]))
         return lab
-
-
-def _in_order(data: Any) -> Any:
-    """The data set under a loader: a profile is taken in a fixed order, over all of it."""
-    return getattr(data, "dataset", data)

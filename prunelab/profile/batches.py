@@ -61,18 +61,23 @@ def batches_after(data: Any, batch_size: int, images: int) -> tuple[Iterable[Any
     if not isinstance(data, DataLoader):
         return DataLoader(data, sampler=range(first, len(data)), batch_size=size), first
     dataset: Any = data.dataset
-    rest = DataLoader(
-        dataset,
-        batch_sampler=BatchSampler(range(first, len(dataset)), size, data.drop_last),
-        num_workers=data.num_workers,
-        collate_fn=data.collate_fn,
-        pin_memory=data.pin_memory,
-        timeout=data.timeout,
-        worker_init_fn=data.worker_init_fn,
-        multiprocessing_context=data.multiprocessing_context,
-        prefetch_factor=data.prefetch_factor,
-    )
+    chosen = BatchSampler(range(first, len(dataset)), size, data.drop_last)
+    rest = DataLoader(dataset, batch_sampler=chosen, **loader_settings(data))
     return rest, first
+
+
+def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """How a loader loads, whatever it loads."""
+    names = "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor"
+    return {name: getattr(loader, name) for name in names.split()}
+
+
+def in_order(data: Any) -> Any:
+    """All items of a set, or of the set under a loader, in the set's own order; read by as many workers as before."""
+    if not isinstance(data, DataLoader) or not data.num_workers:
+        return getattr(data, "dataset", data)
+    dataset: Any = data.dataset
+    return DataLoader(dataset, data.batch_size or 1, **loader_settings(data))
 
 
 def in_memory(data: Any) -> tuple[Tensor, Tensor] | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunelab.errors import PruneLabError
+from prunelab.processes import Processes
 from prunelab.profile import shards, store
 from prunelab.profile.batches import repeats_its_order
 from prunelab.profile.observe import observe
 from prunelab.profile.result import Profile as Profile, bytes_per_image, fits, network_digest, site_axes
+from prunelab.profile.together import joined, share_of
 from prunelab.program.guard import random_kept
 from prunelab.program.program import Program
 from prunelab.progress import Progress
@@ -31,6 +34,7 @@ def profile(
     cache: Path | str | bool = True,
     budget: int = 1 << 30,
     progress: Progress | bool = True,
+    together: bool = False,
 ) -> Profile:
     """Run the network once over data, in evaluation mode, and keep what it does.
 
@@ -48,20 +52,38 @@ def profile(
             images are kept where that is not enough.
         progress: True shows a bar; a function is called after every batch and stops the pass by returning
             False.
+        together: all processes that torch.distributed has joined (``accelerate launch``, ``torchrun``) make this call,
+            and share the work: each runs a part of the data, all get the profile of the whole, the main one shows
+            progress and writes the cache. An interrupted pass is taken up by as many processes as began it.
 
     Raises:
-        PruneLabError: no images, images of another shape, or activations that are not finite.
+        PruneLabError: no images, images of another shape, activations that are not finite, or data to be profiled
+            together that do not come in the same order every time.
         Stopped: the progress function returned False.
     """
+    processes = Processes.here() if together else Processes()
     with random_kept():
+        share = share_of(data, batch_size, processes)
         folder = _folder(program, data, sample, budget, cache)
-        cached = _cached(program, folder) if folder is not None and folder.exists() else None
-        if cached is not None:
-            return cached
+        empty = _empty(program, sample, budget)
+        # Not every machine may have the cache: what the main process finds there is sent to the others.
+        cached = _cached(program, folder) if folder is not None and processes.main and folder.exists() else None
+        if processes.any(cached is not None):
+            return joined(cached or empty, processes)
+        beside = None if folder is None else shards.shards_beside(folder, processes)
         # A loader that shuffles gives other images first each time: what it had behind it cannot be told.
-        behind = shards.shards_beside(folder) if folder is not None and repeats_its_order(data) else None
-        result = observe(_empty(program, sample, budget), data, batch_size, progress, behind)
-    return result if folder is None else _keep(result, folder)
+        behind = beside if repeats_its_order(data) else None
+        shown = progress if processes.main else False
+        work = partial(observe, empty, share, batch_size, shown, behind)
+        result = joined(processes.all_or_none(work, "profile its share of the data"), processes)
+    if folder is None or beside is None:
+        return result
+    if processes.main:
+        result = _keep(result, folder)
+    # Nobody gives up what it has behind it before the whole is kept.
+    processes.wait()
+    shards.remove(beside)
+    return result
 
 
 def _empty(program: Program, sample: int, budget: int) -> Profile:
@@ -120,5 +142,3 @@ def _keep(result: Profile, folder: Path) -> Profile:
             return _read(result.program, folder)
         warnings.warn(f"The profile is not cached in {folder} ({error}); it goes on without a cache.", stacklevel=3)
         return result
-    finally:
-        shards.remove(shards.shards_beside(folder))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prunelab.processes import Processes
 from prunelab.profile import store
 from prunelab.profile.result import Profile
 
@@ -26,9 +27,10 @@ _SECONDS_KEPT = 7 * 24 * 3600
 _STATISTICS = re.compile(r"statistics-(\d{12})\.safetensors")
 
 
-def shards_beside(folder: Path) -> Path:
-    """Where the shards of a profile are kept."""
-    return folder.with_name(f".{folder.name}-shards")
+def shards_beside(folder: Path, processes: Processes) -> Path:
+    """Where this process keeps the shards of a profile."""
+    share = f"-{processes.index}-of-{processes.count}" if processes.count > 1 else ""
+    return folder.with_name(f".{folder.name}-shards{share}")
 
 
 def save(folder: Path, found: Profile, before: int) -> None:

@@ -25,7 +25,7 @@ from prunelab.train.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
-_REPAIR_IMAGES = 1000
+REPAIR_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def iterative(
         program = trace(now, example)
         statistics = profile_for(program, train, plan.criterion, progress=False)
         selection = with_masks(plan.resolve(program, statistics), masks)
-        images = labelled(getattr(train, "dataset", train), _REPAIR_IMAGES)[0] if plan.repair != "none" else None
+        images = labelled(getattr(train, "dataset", train), REPAIR_IMAGES)[0] if plan.repair != "none" else None
         now = commit(program, selection, repair=plan.repair, images=images)
         masks, optimizer = sliced_masks(program, selection), carry(optimizer, program, selection, now)
         here = None if folder is None else Path(folder) / f"round-{len(rounds) + 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def best_precision() -> str:
 @contextmanager
 def accelerated(precision: str | None) -> Iterator[Any]:
     """An accelerator of this precision, whatever precision a training before it, or the user's own, had."""
-    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     if not torch.cuda.is_available():
@@ -54,6 +55,8 @@ def accelerated(precision: str | None) -> Iterator[Any]:
             mixed_precision=precision or best_precision(),
             # A batch is that of all processes together: as many steps, and the same images in each, on any number.
             dataloader_config=DataLoaderConfiguration(split_batches=True),
+            # The others wait while the main process repairs a large network.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         )
     finally:
         AcceleratorState._shared_state.clear()
