@@ -22,7 +22,7 @@ from prunelab.program.guard import random_kept
 from prunelab.program.incremental import Incremental, Prepared
 from prunelab.program.liveness import working_bytes
 from prunelab.program.program import Program, cost
-from prunelab.program.run import Bound, bind, removes_anything
+from prunelab.program.run import Bound, bind, removes_anything, versions
 from prunelab.program.selection import DENSE, Selection
 from prunelab.progress import Progress
 
@@ -296,11 +296,11 @@ class Preview:
         """Begin with nothing remembered."""
         self._sides: dict[Precision, _Side] = {}
         self._name = object()
-        self._versions = _versions(self.program)
+        self._versions = versions(self.program)
 
     def _side(self, precision: Precision) -> _Side:
         """The engine of a precision."""
-        if _versions(self.program) != self._versions:
+        if versions(self.program) != self._versions:
             # The network was trained meanwhile.
             self._forget()
         if precision not in self._sides:
@@ -404,12 +404,6 @@ def _step(program: Program, budget: int) -> int:
         return BATCH
     affordable = min(_STEP_MACS // max(cost(program.base).macs, 1), budget // 2 // max(working_bytes(program.base), 1))
     return BATCH if affordable >= BATCH else int(max(8, 2 ** int(np.log2(max(affordable, 1)))))
-
-
-def _versions(program: Program) -> tuple[int, ...]:
-    """How often each tensor of the network was overwritten."""
-    tensors = (program.state(name) for name in program.base.state_nodes)
-    return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
 def has_bfloat16(program: Program) -> bool:

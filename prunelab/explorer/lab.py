@@ -31,7 +31,7 @@ from prunelab.program.cache import Cache
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
-from prunelab.program.run import removes_anything
+from prunelab.program.run import removes_anything, versions
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
@@ -107,6 +107,7 @@ class Lab:
         self._timed: dict[str, Latency] = {}
         # By program, and weakly: a network that undo can no longer reach takes its scores along.
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str], Scores]] = WeakKeyDictionary()
+        self._scored: WeakKeyDictionary[Program, tuple[int, ...]] = WeakKeyDictionary()
         self._repairer: Repairer | None = None
         self._repaired = Repaired()
         # The last sensitivity scan, of whichever network was current then.
@@ -185,7 +186,16 @@ class Lab:
 
     def scores(self, layer: str) -> Scores:
         """The plan's criterion on a layer, shape ``(channels,)``, higher = keep."""
+        self._notice_training()
         return self._score(self.plan, self.program.layer(layer))
+
+    def _notice_training(self) -> None:
+        program = self.stage.program
+        now = versions(program)
+        if self._scored.setdefault(program, now) != now:
+            # Somebody has trained it in place: what it scored before is of other weights.
+            self._scores.clear()
+            self._scored[program] = now
 
     def _score(self, plan: Plan, layer: Layer) -> Scores:
         program = self.stage.program.without(plan.bypassed)
@@ -325,6 +335,7 @@ class Lab:
         return layer.name if layer is not None else program.layer(name).name
 
     def _resolve(self, plan: Plan) -> Selection:
+        self._notice_training()
         return plan.resolve(self.stage.program, self.profile, lambda layer: self._score(plan, layer))
 
     def _masked(self, selection: Selection) -> Selection:
@@ -334,7 +345,10 @@ class Lab:
     # Measuring ---------------------------------------------
 
     def run_profile(self, progress: Progress | bool = True) -> Profile:
-        """Profile the current network on the training set; from the cache where it was done before."""
+        """Profile the current network on the training set; from the cache where it was done before.
+
+        Once more after weights were trained in place: until then the profile is of what they were.
+        """
         found = profile(self.stage.program, _in_order(self.train), cache=self.cache, progress=progress)
         old = self.stage
         new = replace(old, profile=found)
@@ -343,6 +357,7 @@ class Lab:
         self._past = [(new if s is old else s, p) for s, p in self._past]
         self._future = [(new if s is old else s, p) for s, p in self._future]
         self._first = new if self._first is old else self._first
+        self._scores.clear()
         return found
 
     def estimate(self, on_update: Callable[[Estimate], bool | None] | None = None, wanted: Wanted = always) -> Estimate:

@@ -140,6 +140,12 @@ def removes_anything(program: Program, selection: Selection) -> bool:
     return cut or not all(m.all() for m in checked_masks(program, selection).values())
 
 
+def versions(program: Program) -> tuple[int, ...]:
+    """How often each tensor of the whole network was overwritten: another one once it was trained."""
+    tensors = (program.state(name) for name in program.base.state_nodes)
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+
 def checked_masks(program: Program, selection: Selection) -> Mapping[str, Tensor]:
     """A selection's masks, without those of parameters that a bypass removes.
 
