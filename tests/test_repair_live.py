@@ -201,7 +201,8 @@ def test_the_quick_repair_is_of_the_weights_as_they_are_now(program: pl.Program,
     repairer.quick(sel, "least-squares")
     train_in_place(program.model)
     found, expected = (each.quick(sel, "least-squares") for each in (repairer, Repairer(program, images)))
-    assert found is not None and expected is not None
+    assert found is not None
+    assert expected is not None
     assert same(found, expected)
 
 

@@ -97,6 +97,9 @@ class Lab:
         self._memory = Cache(memory)
         first = example if example is not None else self._images[:2]
         self._first = self._stage(trace(model, first), {})
+        # Of the network that everything is compared with, and how to come by it: not the first one after a load.
+        self._began = _size(cost(self._first.program))
+        self._uncut: Callable[[], Program] = lambda: self._first.program
         self._now: tuple[Stage, Plan] = (
             self._first,
             Plan(criterion=criterion, network=self._first.program.digest),
@@ -160,9 +163,8 @@ class Lab:
 
         frame = pd.DataFrame([vars(p) for p in self._points])
         if len(frame):
-            first = cost(self._first.program)
-            frame.insert(2, "compression", first.params / frame["nonzero"])
-            frame.insert(4, "speedup", first.flops / frame["flops"].clip(lower=1))
+            frame.insert(2, "compression", self._began["params"] / frame["nonzero"])
+            frame.insert(4, "speedup", self._began["flops"] / frame["flops"].clip(lower=1))
             frame = frame.join(columns([self._timed.get(point.plan) for point in self._points]))
         return frame
 
@@ -402,11 +404,11 @@ class Lab:
             PruneLabError: nothing has been removed, by the plan or a commit; or as :func:`prunelab.latency`.
         """
         plan, selection = self.plan, self._masked(self.selection)
-        if self.stage.program is self._first.program and not removes_anything(self.program, selection):
+        if self._is_uncut and not removes_anything(self.program, selection):
             raise PruneLabError("There is nothing to time: neither the plan nor a commit has removed anything.")
         if plan.to_json() not in {point.plan for point in self._points}:
             self.estimate()
-        found = latency(self.program, selection, against=self._first.program, progress=progress, **settings)
+        found = latency(self.program, selection, against=self._uncut(), progress=progress, **settings)
         self._timed[plan.to_json()] = found
         return found
 
@@ -481,8 +483,13 @@ class Lab:
     def _add_measured(self, found: Estimate) -> None:
         if removes_anything(self.stage.program, self.selection):
             self._add("plan", found)
-        elif self.stage.program is self._first.program:
+        elif self._is_uncut:
             self._add("dense", found)
+
+    @property
+    def _is_uncut(self) -> bool:
+        """Whether the current network is the one that the lab began with."""
+        return self.stage.program is self._first.program and _size(self.dense_cost()) == self._began
 
     def _add(self, kind: str, found: Estimate) -> None:
         now = self.cost()
@@ -564,6 +571,7 @@ class Lab:
         record = {
             "name": self.name,
             "plan": self.plan.to_json(),
+            "began": self._began,
             "points": [vars(point) for point in self._points],
             "times": {plan: to_plain(found) for plan, found in self._timed.items()},
         }
@@ -589,10 +597,19 @@ class Lab:
         model, masks, record = read_lab(Path(folder), make_model)
         lab = cls(model, train, val, name=record["name"], **settings)
         lab._now = (replace(lab.stage, masks=masks), lab.plan)
+        lab._began = record.get("began", lab._began)
+        if not lab._is_uncut:
+            # Its weights are not in the folder, but how long it takes does not depend on them.
+            like = next(model.parameters())
+            lab._uncut = lambda: trace(make_model().to(like), lab._first.program.example, prove=False)
         lab._points = [Point(**point) for point in record["points"]]
         lab._timed = {plan: from_plain(found) for plan, found in record.get("times", {}).items()}
         lab.use(Plan.from_json(record["plan"]))
         return lab
+
+
+def _size(cost: Cost) -> dict[str, int]:
+    return {"params": cost.params, "nonzero": cost.nonzero, "flops": cost.flops}
 
 
 def _in_order(data: Any) -> Any:

@@ -92,6 +92,19 @@ class Repairer:
         self._budget = budget
         self._forget()
 
+    def _forget(self) -> None:
+        """Begin with nothing remembered."""
+        self._memory = Cache(self._budget)
+        self._stale: frozenset[Hashable] = frozenset()
+        self._last: tuple[tuple[Selection, str], Repaired] | None = None
+        self._quick: Quick | None = None
+        self._versions = versions(self.program)
+
+    def _notice_training(self) -> None:
+        # What is remembered is of the weights that the network had then.
+        if versions(self.program) != self._versions:
+            self._forget()
+
     def __call__(self, selection: Selection, how: str, wanted: Wanted = always) -> Repaired:
         """The correction for a selection. What an earlier one has in common with it is not computed again.
 
@@ -137,19 +150,6 @@ class Repairer:
             self._quick = Quick(self.program, self.images)
         tensors, left = self._quick(selection, wanted)
         return Repaired(tensors, tuple(dict.fromkeys(left)), len(self._quick.images))
-
-    def _forget(self) -> None:
-        """Begin with nothing remembered."""
-        self._memory = Cache(self._budget)
-        self._stale: frozenset[Hashable] = frozenset()
-        self._last: tuple[tuple[Selection, str], Repaired] | None = None
-        self._quick: Quick | None = None
-        self._versions = versions(self.program)
-
-    def _notice_training(self) -> None:
-        # What is remembered is of the weights that the network had then.
-        if versions(self.program) != self._versions:
-            self._forget()
 
     def _checked(self, selection: Selection, how: str) -> Tensor | None:
         """The images to repair from, where the weights are; None if there is nothing to repair."""

@@ -277,3 +277,18 @@ def test_profile_taken_again_after_training_in_place_scores_anew(lab: pl.Lab) ->
         lab.model.get_parameter("conv2.weight").mul_(2)
     lab.run_profile(progress=False)
     assert (lab.scores("conv2") != before).any()
+
+
+def test_loaded_lab_compares_with_the_network_that_it_once_began_with(lab: pl.Lab, tmp_path: Path) -> None:
+    lab.measure()
+    lab.set_all(ratio=0.5)
+    lab.measure()
+    lab.commit()
+    lab.save(tmp_path)
+    back = pl.Lab.load(tmp_path, pl.zoo.lenet, lab.train, lab.val)
+    back.measure()
+    assert back.history.equals(lab.history)
+    found = back.latency(batch=4, repeats=6, progress=False)
+    assert found.timings[0].batch == 4
+    whole = sum(p.numel() for p in lab.original.parameters())
+    assert sum(p.numel() for p in back._uncut().model.parameters()) == whole
