@@ -32,14 +32,13 @@ from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything, versions
-from prunelab.program.selection import Selection
+from prunelab.program.selection import Selection, with_masks
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
 from prunelab.train.finetune import finetune
-from prunelab.train.masks import with_masks
 from prunelab.train.position import Epoch
 
 if TYPE_CHECKING:

@@ -42,6 +42,7 @@ def scan(lab: Lab, on_layer: Callable[[Sensitivity], None] | None = None, **sett
         "criterion": plan.criterion,
         "seed": plan.seed,
         "repair": plan.repair,
+        "masks": lab.stage.masks,
         "cache": lab.cache,
         "memory": preview.memory.budget,
         **settings,
