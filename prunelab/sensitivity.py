@@ -25,7 +25,7 @@ from prunelab.preview import Precision, Preview, Score
 from prunelab.profile.capture import Profile
 from prunelab.program.cache import Cache
 from prunelab.program.program import Program, cost
-from prunelab.program.selection import Selection
+from prunelab.program.selection import Selection, with_masks
 from prunelab.progress import Progress, Stopped, track
 from prunelab.repair import Repairer
 from prunelab.scanfile import Numbers, read_scan, scan_file, write_scan
@@ -184,6 +184,7 @@ def sensitivity(
     ratios: Sequence[float] = RATIOS,
     repair: str = "none",
     repair_images: Tensor | None = None,
+    masks: Mapping[str, Tensor] = MappingProxyType({}),
     n: int = 500,
     score: Score | None = None,
     precision: Precision = "auto",
@@ -208,6 +209,7 @@ def sensitivity(
             ``combine`` that of rows with several members.
         ratios: share of a layer's channels to remove, 0 to 1; always rounded down, and one channel stays.
         repair: one of :data:`prunelab.plan.REPAIRS`, done anew for every point, from ``repair_images``.
+        masks: weights that are zero and that no repair may fill, by parameter name, True where a weight stays.
         n: images; fewer than there are are drawn at random, always the same.
         score: what to measure instead of accuracy, as in :class:`prunelab.Preview`. A function has no content to be
             found by, so that nothing is kept on disk then.
@@ -247,7 +249,7 @@ def sensitivity(
     file = scan_file(
         program, (images, labels, sample), (base.n, base.precision, repair), cache if score is None else False
     )
-    scan = _Scan(preview, Repairer(program.base, sample), precision, file, empty)
+    scan = _Scan(preview, Repairer(program.base, sample), masks, precision, file, empty)
     return scan.run(_cuts(program, profile, empty), progress, on_layer)
 
 
@@ -295,10 +297,17 @@ class _Scan:
     """A scan under way."""
 
     def __init__(
-        self, preview: Preview, repairer: Repairer, precision: Precision, file: Path | None, empty: Sensitivity
+        self,
+        preview: Preview,
+        repairer: Repairer,
+        masks: Mapping[str, Tensor],
+        precision: Precision,
+        file: Path | None,
+        empty: Sensitivity,
     ) -> None:
         self._preview = preview
         self._repairer = repairer
+        self._masks = masks
         self._precision = precision
         self._file = file
         self._held = read_scan(file)
@@ -323,11 +332,12 @@ class _Scan:
         return self._found
 
     def _add(self, layer: str, ratio: float, selection: Selection) -> None:
-        if selection.digest not in self._held:
-            self._held[selection.digest] = self._measured(selection)
+        masked = with_masks(selection, self._masks)
+        if masked.digest not in self._held:
+            self._held[masked.digest] = self._measured(selection, masked)
             if self._file is not None and not write_scan(self._file, self._held):
                 self._file = None
-        accuracy, low, high, change, half = self._held[selection.digest]
+        accuracy, low, high, change, half = self._held[masked.digest]
         program, found = self._preview.program, self._found
         size = cost(program, selection)
         point = Measured(
@@ -346,7 +356,8 @@ class _Scan:
         )
         self._found = replace(found, points=(*found.points, point))
 
-    def _measured(self, selection: Selection) -> Numbers:
-        repaired = self._repairer(selection, self._found.repair)
+    def _measured(self, selection: Selection, masked: Selection) -> Numbers:
+        repaired = self._repairer(masked, self._found.repair)
+        # Without the masks, whose weights are zero already: so it shares values with the unpruned network.
         found = self._preview.accuracy(selection, n=self._found.n, repaired=repaired, precision=self._precision)
         return found.accuracy, found.low, found.high, found.change, found.half

@@ -184,3 +184,29 @@ def test_a_repair_that_a_newer_edit_stops_is_no_error() -> None:
     explorer._estimate(lambda: False)
     assert explorer.desk.estimate == before
     assert not explorer.desk.status["error"]
+
+
+@pytest.mark.parametrize("how", ["bias", "norm", "least-squares"])
+def test_weights_that_were_trained_in_place_are_repaired_as_they_are_now(
+    how: str, program: pl.Program, images: Tensor
+) -> None:
+    repairer, sel = Repairer(program, images), cut(layer1_0_conv1=8, layer3_0_conv1=40)
+    repairer(sel, how)
+    train_in_place(program.model)
+    assert same(repairer(sel, how), repair(program, sel, how, images))
+
+
+def test_the_quick_repair_is_of_the_weights_as_they_are_now(program: pl.Program, images: Tensor) -> None:
+    repairer, sel = Repairer(program, images), cut(layer3_0_conv1=40)
+    repairer.quick(sel, "least-squares")
+    train_in_place(program.model)
+    found, expected = (each.quick(sel, "least-squares") for each in (repairer, Repairer(program, images)))
+    assert found is not None
+    assert expected is not None
+    assert same(found, expected)
+
+
+def train_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)

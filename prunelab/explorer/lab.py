@@ -26,6 +26,7 @@ from prunelab.plan import Plan
 from prunelab.preview import Estimate, Precision, Preview, labelled
 from prunelab.profile.batches import in_order
 from prunelab.program.cache import Cache
+from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection
@@ -94,6 +95,9 @@ class Lab(Planning):
         first = example if example is not None else self._images[:2]
         stage = self._stage(trace(model, first), {})
         super().__init__(stage, Plan(criterion=criterion, network=stage.program.digest), train, cache)
+        # Of the network that everything is compared with, and how to come by it: not the first one after a load.
+        self._began = _size(cost(stage.program))
+        self._uncut: Callable[[], Program] = lambda: self._first.program
         self._points: list[Point] = []
         self._timed: dict[str, Latency] = {}
         self._repairer: Repairer | None = None
@@ -120,9 +124,8 @@ class Lab(Planning):
 
         frame = pd.DataFrame([vars(p) for p in self._points])
         if len(frame):
-            first = cost(self._first.program)
-            frame.insert(2, "compression", first.params / frame["nonzero"])
-            frame.insert(4, "speedup", first.flops / frame["flops"].clip(lower=1))
+            frame.insert(2, "compression", self._began["params"] / frame["nonzero"])
+            frame.insert(4, "speedup", self._began["flops"] / frame["flops"].clip(lower=1))
             frame = frame.join(columns([self._timed.get(point.plan) for point in self._points]))
         return frame
 
@@ -175,11 +178,11 @@ class Lab(Planning):
             PruneLabError: nothing has been removed, by the plan or a commit; or as :func:`prunelab.latency`.
         """
         plan, selection = self.plan, self._masked(self.selection)
-        if self.stage.program is self._first.program and not removes_anything(self.program, selection):
+        if self._is_uncut and not removes_anything(self.program, selection):
             raise PruneLabError("There is nothing to time: neither the plan nor a commit has removed anything.")
         if plan.to_json() not in {point.plan for point in self._points}:
             self.estimate()
-        found = latency(self.program, selection, against=self._first.program, progress=progress, **settings)
+        found = latency(self.program, selection, against=self._uncut(), progress=progress, **settings)
         self._timed[plan.to_json()] = found
         return found
 
@@ -254,8 +257,13 @@ class Lab(Planning):
     def _add_measured(self, found: Estimate) -> None:
         if removes_anything(self.stage.program, self.selection):
             self._add("plan", found)
-        elif self.stage.program is self._first.program:
+        elif self._is_uncut:
             self._add("dense", found)
+
+    @property
+    def _is_uncut(self) -> bool:
+        """Whether the current network is the one that the lab began with."""
+        return self.stage.program is self._first.program and _size(self.dense_cost()) == self._began
 
     def _add(self, kind: str, found: Estimate) -> None:
         now = self.cost()
@@ -387,6 +395,7 @@ class Lab(Planning):
             **(run.to_record() if run is not None else {}),
             "name": self.name,
             "plan": self.plan.to_json(),
+            "began": self._began,
             "points": [vars(point) for point in self._points],
             "times": {plan: to_plain(found) for plan, found in self._timed.items()},
         }
@@ -413,7 +422,16 @@ class Lab(Planning):
         record = kept.record
         lab = cls(kept.model, train, val, name=record["name"], **settings)
         lab._now = (replace(lab.stage, masks=kept.masks), lab.plan)
+        lab._began = record.get("began", lab._began)
+        if not lab._is_uncut:
+            # Its weights are not in the folder, but how long it takes does not depend on them.
+            like = next(kept.model.parameters())
+            lab._uncut = lambda: trace(make_model().to(like), lab._first.program.example, prove=False)
         lab._points = [Point(**point) for point in record["points"]]
         lab._timed = {plan: from_plain(found) for plan, found in record.get("times", {}).items()}
         lab.use(Plan.from_json(record["plan"]))
         return lab
+
+
+def _size(cost: Cost) -> dict[str, int]:
+    return {"params": cost.params, "nonzero": cost.nonzero, "flops": cost.flops}

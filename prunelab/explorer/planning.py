@@ -20,9 +20,8 @@ from prunelab.profile.capture import Profile, profile
 from prunelab.program.channels import Layer
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost
-from prunelab.program.selection import Selection
+from prunelab.program.selection import Selection, with_masks
 from prunelab.progress import Progress
-from prunelab.train.masks import with_masks
 
 
 class Planning:
@@ -44,6 +43,7 @@ class Planning:
         self._future: list[tuple[Stage, Plan]] = []
         # By program, and weakly: a network that undo can no longer reach takes its scores along.
         self._scores: WeakKeyDictionary[Program, dict[tuple[str, int, str, str], Scores]] = WeakKeyDictionary()
+        self._scored: WeakKeyDictionary[Program, tuple[int, ...]] = WeakKeyDictionary()
 
     # What is there now ---------------------------------------------
 
@@ -97,7 +97,16 @@ class Planning:
 
     def scores(self, layer: str) -> Scores:
         """The plan's criterion on a layer, shape ``(channels,)``, higher = keep."""
+        self._notice_training()
         return self._score(self.plan, self.program.layer(layer))
+
+    def _notice_training(self) -> None:
+        program = self.stage.program
+        now = program.versions()
+        if self._scored.setdefault(program, now) != now:
+            # Somebody has trained it in place: what it scored before is of other weights.
+            self._scores.clear()
+            self._scored[program] = now
 
     def _score(self, plan: Plan, layer: Layer) -> Scores:
         program = self.stage.program.without(plan.bypassed)
@@ -110,7 +119,11 @@ class Planning:
     # What criteria know ---------------------------------------------
 
     def run_profile(self, progress: Progress | bool = True) -> Profile:
-        """Profile the current network on the training set; from the cache where it was done before."""
+        """Profile the current network on the training set; from the cache where it was done before.
+
+        Once more after weights were trained in place: until then the profile is of what they were.
+        """
+        self._scores.clear()
         return self._know(profile(self.stage.program, in_order(self.train), cache=self.cache, progress=progress))
 
     def prepare(self, criterion: str, progress: Progress | bool = True) -> None:
@@ -277,6 +290,7 @@ class Planning:
         return layer.name if layer is not None else program.layer(name).name
 
     def _resolve(self, plan: Plan) -> Selection:
+        self._notice_training()
         return plan.resolve(self.stage.program, self.profile, lambda layer: self._score(plan, layer))
 
     def _masked(self, selection: Selection) -> Selection:

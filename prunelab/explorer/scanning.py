@@ -43,6 +43,7 @@ def scan(lab: Lab, on_layer: Callable[[Sensitivity], None] | None = None, **sett
         "seed": plan.seed,
         "combine": plan.combine,
         "repair": plan.repair,
+        "masks": lab.stage.masks,
         "cache": lab.cache,
         "memory": preview.memory.budget,
         **settings,

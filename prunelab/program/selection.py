@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -51,6 +51,14 @@ class Selection:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def with_masks(selection: Selection, masks: Mapping[str, Tensor]) -> Selection:
+    """The selection with the weights that are held at zero already."""
+    joined = {**masks, **selection.masks}
+    for name in masks.keys() & selection.masks.keys():
+        joined[name] = masks[name].cpu() & selection.masks[name].cpu()
+    return replace(selection, masks=joined)
 
 
 DENSE = Selection()

@@ -31,7 +31,6 @@ Weights under a mask stay zero. What cannot be repaired is named with the reason
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from functools import cached_property
 from math import prod
 
 from torch import Tensor
@@ -90,9 +89,21 @@ class Repairer:
         """
         self.program = program
         self.images = images[: _affordable(program, images.element_size())] if images is not None else None
-        self._memory = Cache(budget)
+        self._budget = budget
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin with nothing remembered."""
+        self._memory = Cache(self._budget)
         self._stale: frozenset[Hashable] = frozenset()
         self._last: tuple[tuple[Selection, str], Repaired] | None = None
+        self._quick: Quick | None = None
+        self._versions = self.program.versions()
+
+    def _notice_training(self) -> None:
+        # What is remembered is of the weights that the network had then.
+        if self.program.versions() != self._versions:
+            self._forget()
 
     def __call__(self, selection: Selection, how: str, wanted: Wanted = always) -> Repaired:
         """The correction for a selection. What an earlier one has in common with it is not computed again.
@@ -105,6 +116,7 @@ class Repairer:
             Stopped: it is not wanted any more. What was found so far is kept for the next time.
             PruneLabError: there is no such repair, or it needs images, or they do not fit the network.
         """
+        self._notice_training()
         if how == "merge":
             return Repaired(*merged(self.program, selection))
         images = self._checked(selection, how)
@@ -128,17 +140,16 @@ class Repairer:
         Raises:
             as calling the repairer.
         """
+        self._notice_training()
         there = self._last is not None and self._last[0] == (selection, how)
         images = None if there or how == "merge" else self._checked(selection, how)
         if images is None or not how.startswith("least-squares"):
             return None
+        assert self.images is not None
+        if self._quick is None:
+            self._quick = Quick(self.program, self.images)
         tensors, left = self._quick(selection, wanted)
         return Repaired(tensors, tuple(dict.fromkeys(left)), len(self._quick.images))
-
-    @cached_property
-    def _quick(self) -> Quick:
-        assert self.images is not None
-        return Quick(self.program, self.images)
 
     def _checked(self, selection: Selection, how: str) -> Tensor | None:
         """The images to repair from, where the weights are; None if there is nothing to repair."""

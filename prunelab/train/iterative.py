@@ -17,9 +17,8 @@ from prunelab.optimizers import build, carry, read
 from prunelab.plan import Plan
 from prunelab.preview import labelled
 from prunelab.program.program import cost, sliced_masks, trace
-from prunelab.program.selection import Selection
+from prunelab.program.selection import Selection, with_masks
 from prunelab.train.finetune import finetune
-from prunelab.train.masks import with_masks
 from prunelab.train.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.errors import PruneLabError, unknown
-from prunelab.program.selection import Selection
-
-
-def with_masks(selection: Selection, masks: Mapping[str, Tensor]) -> Selection:
-    """The selection with the weights that are held at zero already."""
-    joined = {**masks, **selection.masks}
-    for name in masks.keys() & selection.masks.keys():
-        joined[name] = masks[name].cpu() & selection.masks[name].cpu()
-    return replace(selection, masks=joined)
 
 
 class Masks:

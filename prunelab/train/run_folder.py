@@ -31,7 +31,6 @@ from prunelab.saving import Record, save
 from prunelab.train.finetune import finetune
 from prunelab.train.iterative import REPAIR_IMAGES
 from prunelab.train.keeping import Kept, read_lab, write_lab
-from prunelab.train.masks import with_masks
 from prunelab.train.position import Epoch
 from prunelab.train.runfile import KEY, RunFile
 from prunelab.train.setting import accelerated

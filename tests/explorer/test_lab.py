@@ -258,3 +258,37 @@ def test_a_repair_makes_up_for_a_bypass_in_preview_and_commit_alike(residual: pl
 def test_a_plan_may_name_layers_by_their_modules(residual: pl.Lab) -> None:
     residual.use(pl.Plan("l1").set("layer1.1.conv2", ratio=0.5).bypass("layer1.1"))
     assert residual.plan.settings.keys() == {"layer1 stream"}
+
+
+def test_weights_trained_in_place_are_scored_as_they_are_now(lab: pl.Lab) -> None:
+    lab.set("conv2", ratio=0.5)
+    gone = lab.selection.kept["conv2"]
+    with torch.no_grad():
+        for channel in gone:
+            lab.model.get_parameter("conv2.weight")[channel] *= 1e-3
+    assert not set(lab.selection.kept["conv2"]) & set(gone)
+    assert lab.scores("conv2")[list(gone)].max() < lab.scores("conv2").mean()
+
+
+def test_profile_taken_again_after_training_in_place_scores_anew(lab: pl.Lab) -> None:
+    lab.criterion("mean_activation")
+    before = lab.scores("conv2")
+    with torch.no_grad():
+        lab.model.get_parameter("conv2.weight").mul_(2)
+    lab.run_profile(progress=False)
+    assert (lab.scores("conv2") != before).any()
+
+
+def test_loaded_lab_compares_with_the_network_that_it_once_began_with(lab: pl.Lab, tmp_path: Path) -> None:
+    lab.measure()
+    lab.set_all(ratio=0.5)
+    lab.measure()
+    lab.commit()
+    lab.save(tmp_path)
+    back = pl.Lab.load(tmp_path, pl.zoo.lenet, lab.train, lab.val)
+    back.measure()
+    assert back.history.equals(lab.history)
+    found = back.latency(batch=4, repeats=6, progress=False)
+    assert found.timings[0].batch == 4
+    whole = sum(p.numel() for p in lab.original.parameters())
+    assert sum(p.numel() for p in back._uncut().model.parameters()) == whole

@@ -101,3 +101,13 @@ def test_the_explorer_scans_stops_and_goes_on(monkeypatch: pytest.MonkeyPatch) -
     assert explorer.desk.status["text"] == "Scanned 3 layers by l1 at 9 ratios, 200 images each."
     assert explorer.desk.curves == curves_of(lab)
     assert explorer.desk.curves["layers"].keys() == {"conv1", "conv2", "fc1"}
+
+
+def test_a_scan_fills_no_weight_that_a_commit_has_zeroed() -> None:
+    lab = make()
+    lab.set("fc1", ratio=0.99, grain="weight")
+    lab.commit()
+    lab.repair("least-squares")
+    scan = lab.sensitivity(ratios=(0.5,), n=200, precision="float32", progress=False)
+    lab.set("conv2", ratio=0.5)
+    assert scan.of("conv2")[0].accuracy == lab.measure().accuracy
