@@ -27,6 +27,7 @@ from prunelab.profile.batches import in_order
 from prunelab.profile.capture import profile
 from prunelab.program.program import sliced_masks, trace
 from prunelab.program.run import removes_anything
+from prunelab.program.selection import with_masks
 from prunelab.saving import Record, save
 from prunelab.train.finetune import finetune
 from prunelab.train.iterative import REPAIR_IMAGES
