@@ -62,6 +62,7 @@ class _Pass:
 
     def __init__(self, begun: Profile, folder: Path | None) -> None:
         self.images = self.saved = begun.images
+        self._count = 0
         self._program = begun.program
         self._room = begun.room
         self._folder = folder
@@ -79,8 +80,9 @@ class _Pass:
             end = min(stop, start + _AT_ONCE, start + shards.SHARD - self.images % shards.SHARD)
             if self._program.batch is not None:
                 end = stop
+            self._count = end - start
             self._run(self._cut(inputs, start, end))
-            self.images += end - start
+            self.images += self._count
             start = end
             if self.images // shards.SHARD > self.saved // shards.SHARD:
                 self._end_shard()
@@ -113,8 +115,14 @@ class _Pass:
                 f"The activations of {node.module or node.name} are not finite (NaN or infinite) in the "
                 f"batch from image {self.images}: check the weights and data."
             )
-        self._activations.add(site, self.images, value)
-        self._pooled.add(site, self.images, means)
+        if self._image_by_image(site, value):
+            self._activations.add(site, self.images, value)
+            self._pooled.add(site, self.images, means)
+
+    def _image_by_image(self, site: int, value: Tensor) -> bool:
+        """Whether a value's first dimension is that of the images: a sequence may come first, or windows of images."""
+        first = self._program.nodes[site].batched[:1]
+        return len(value) == self._count and (first == (True,) or self._program.batch is not None)
 
     def _end_shard(self) -> None:
         # Added up here whether or not it is written, so that a pass that was taken up ends with the very same sums.

@@ -31,7 +31,8 @@ class Profile:
         images: how many images the statistics cover.
         statistics: by site (node index).
         activations: values at the sites for the first ``sample`` images, shape ``(sample, …)``, fewer where
-            the byte budget does not allow them; memory-mapped when they come from the cache.
+            the byte budget does not allow them; memory-mapped when they come from the cache. None at sites whose
+            first dimension is not the images (a sequence first, windows of images).
         folder: where it is kept, or None.
         pooled: by site, means over positions of the first images, float32 ``(images, channels)``: up to 2,048, fewer
             where they would take more than an eighth of the byte budget; memory-mapped likewise.

@@ -491,3 +491,32 @@ def test_these_networks_have_channels_that_differ(program: pl.Program, images: T
         ((statistics, _),) = found.of(layer)
         assert np.ptp(statistics.mean) > 0
         assert 0 < statistics.apoz.mean() < 1
+
+
+class SequenceFirst(nn.Module):
+    """Positions before images inside, images before positions outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.relu(self.first(x)).transpose(0, 1)
+        inner = torch.relu(self.second(inner)).transpose(0, 1)
+        out: Tensor = self.out(inner.mean(1))
+        return out
+
+
+def test_only_values_that_lie_image_by_image_are_kept() -> None:
+    torch.manual_seed(0)
+    program = pl.trace(SequenceFirst().eval(), torch.randn(2, 5, 6))
+    images = torch.randn(9, 5, 6)
+    found = pl.profile(program, images, batch_size=4, cache=False, progress=False)
+    first, second = (program.layer(name).sites[0] for name in ("first", "second"))
+    assert set(found.activations) & {first, second} == {first}
+    assert set(found.pooled) & {first, second} == {first}
+    with torch.no_grad():
+        wanted = torch.relu(program.model.first(images))
+    torch.testing.assert_close(found.activations[first], wanted)
+    assert found.maps(program.layer("second")) is None
+    assert np.isfinite(found.statistics[second].sum).all()
