@@ -29,7 +29,7 @@ from prunelab.program.cache import Cache
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
-from prunelab.program.selection import Selection
+from prunelab.program.selection import Selection, with_masks
 from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer
 from prunelab.repair.values import Wanted, always
@@ -156,12 +156,14 @@ class Lab(Planning):
         Raises:
             Stopped: it was not wanted any more.
         """
-        selection, repairer = self._masked(self.selection), self._repairs
-        repaired = repairer.quick(selection, self.plan.repair, wanted) if repairer is not None else None
+        # Read once: a hand may move on meanwhile.
+        stage, plan = self._now
+        selection, repairer = self._resolve(stage, plan), self._repairer_of(stage, plan)
+        masked = with_masks(selection, stage.masks)
+        repaired = repairer.quick(masked, plan.repair, wanted) if repairer is not None else None
         if repaired is None:
             return None
-        estimates = self.stage.preview.estimates(self.selection, n=self._probe, repaired=repaired)
-        return next(iter(estimates))
+        return next(iter(stage.preview.estimates(selection, n=self._probe, repaired=repaired)))
 
     def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
         """Accuracy of the plan on all of ``val``, exactly that of the network that it commits."""
@@ -198,11 +200,10 @@ class Lab(Planning):
             PruneLabError: the network is no classifier.
             Stopped: ``progress`` said so.
         """
-        selection = self.selection
-        repaired = self._repair_of(self._masked(selection))
-        found = self.stage.preview.outcomes(
-            selection, n=self._probe, repaired=repaired, precision="auto", progress=progress
-        )
+        stage, plan = self._now
+        selection = self._resolve(stage, plan)
+        repaired = self._repair(stage, plan, selection)
+        found = stage.preview.outcomes(selection, n=self._probe, repaired=repaired, precision="auto", progress=progress)
         return replace(found, names=class_names(self.val))
 
     def image(self, index: int) -> Tensor:
@@ -229,29 +230,31 @@ class Lab(Planning):
         precision: Precision,
         wanted: Wanted = always,
     ) -> Estimate:
+        # Read once: a hand may move on meanwhile.
         now = self._now
-        selection = self.selection
-        repaired = self._repair_of(self._masked(selection), wanted)
-        found = self.stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update, precision=precision)
-        # A hand may have moved on meanwhile: then this accuracy is not that of the plan that is here now. And an
-        # estimate that was given up half-way is not worth a point.
+        stage, plan = now
+        selection = self._resolve(stage, plan)
+        repaired = self._repair(stage, plan, selection, wanted)
+        found = stage.preview.accuracy(selection, n=n, repaired=repaired, on_update=on_update, precision=precision)
+        # If it has, this accuracy is not that of the plan that is here now. And an estimate that was given up half-way
+        # is not worth a point.
         if self._now is now and found.n == min(n or len(self._labels), len(self._labels)):
             self._add_measured(found)
         return found
 
-    @property
-    def _repairs(self) -> Repairer | None:
-        """What repairs the current network, and knows it from the last time; None where the plan asks for no repair."""
-        if self.plan.repair == "none":
+    def _repairer_of(self, stage: Stage, plan: Plan) -> Repairer | None:
+        """What repairs a network, and knows it from the last time; None where the plan asks for no repair."""
+        if plan.repair == "none":
             return None
-        if self._repairer is None or self._repairer.program is not self.stage.program:
-            self._repairer = Repairer(self.stage.program, labelled(in_order(self.train), REPAIR_IMAGES)[0])
+        if self._repairer is None or self._repairer.program is not stage.program:
+            self._repairer = Repairer(stage.program, labelled(in_order(self.train), REPAIR_IMAGES)[0])
         return self._repairer
 
-    def _repair_of(self, selection: Selection, wanted: Wanted = always) -> Repaired:
+    def _repair(self, stage: Stage, plan: Plan, selection: Selection, wanted: Wanted = always) -> Repaired:
         """The plan's repair for a selection, from training images."""
-        repairer = self._repairs
-        self._repaired = repairer(selection, self.plan.repair, wanted) if repairer is not None else Repaired()
+        repairer = self._repairer_of(stage, plan)
+        masked = with_masks(selection, stage.masks)
+        self._repaired = repairer(masked, plan.repair, wanted) if repairer is not None else Repaired()
         return self._repaired
 
     def _add_measured(self, found: Estimate) -> None:
@@ -294,7 +297,7 @@ class Lab(Planning):
         if not removes_anything(self.stage.program, selection):
             raise PruneLabError("There is nothing to commit: the plan removes no block, layer, channel or weight.")
         masked = self._masked(selection)
-        small = commit(self.program, masked, repair=self._repair_of(masked))
+        small = commit(self.program, masked, repair=self._repair(*self._now, selection))
         masks = sliced_masks(self.program, masked)
         self._enter(small, masks, "commit")
         return small

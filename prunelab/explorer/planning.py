@@ -85,7 +85,7 @@ class Planning:
     @property
     def selection(self) -> Selection:
         """What the plan removes from the current network."""
-        return self._resolve(self.plan)
+        return self._resolve(*self._now)
 
     def cost(self) -> Cost:
         """Parameters and FLOPs with the plan applied, in closed form."""
@@ -97,23 +97,22 @@ class Planning:
 
     def scores(self, layer: str) -> Scores:
         """The plan's criterion on a layer, shape ``(channels,)``, higher = keep."""
-        self._notice_training()
-        return self._score(self.plan, self.program.layer(layer))
+        self._notice_training(self.stage.program)
+        return self._score(self.stage, self.plan, self.program.layer(layer))
 
-    def _notice_training(self) -> None:
-        program = self.stage.program
+    def _notice_training(self, program: Program) -> None:
         now = program.versions()
         if self._scored.setdefault(program, now) != now:
             # Somebody has trained it in place: what it scored before is of other weights.
             self._scores.clear()
             self._scored[program] = now
 
-    def _score(self, plan: Plan, layer: Layer) -> Scores:
-        program = self.stage.program.without(plan.bypassed)
+    def _score(self, stage: Stage, plan: Plan, layer: Layer) -> Scores:
+        program = stage.program.without(plan.bypassed)
         held = self._scores.setdefault(program, {})
         key = (plan.criterion, plan.seed, plan.combine, layer.name)
         if key not in held:
-            held[key] = scores(program, self.profile, plan.criterion, layer, plan.seed, plan.combine)
+            held[key] = scores(program, stage.profile, plan.criterion, layer, plan.seed, plan.combine)
         return held[key]
 
     # What criteria know ---------------------------------------------
@@ -247,7 +246,7 @@ class Planning:
         self.prepare(plan.criterion)
         if not plan.network:
             plan = replace(plan, network=self.stage.program.digest)
-        self._resolve(plan)
+        self._resolve(self.stage, plan)
         # Under the layers' own names, whichever of their modules' paths they were given by.
         settings = {self._own_name(plan, name): setting for name, setting in plan.settings.items()}
         return replace(plan, settings=settings)
@@ -289,9 +288,9 @@ class Planning:
         layer = in_force(program.without(plan.bypassed), name)
         return layer.name if layer is not None else program.layer(name).name
 
-    def _resolve(self, plan: Plan) -> Selection:
-        self._notice_training()
-        return plan.resolve(self.stage.program, self.profile, lambda layer: self._score(plan, layer))
+    def _resolve(self, stage: Stage, plan: Plan) -> Selection:
+        self._notice_training(stage.program)
+        return plan.resolve(stage.program, stage.profile, lambda layer: self._score(stage, plan, layer))
 
     def _masked(self, selection: Selection) -> Selection:
         """The selection with the masks that earlier commits left."""

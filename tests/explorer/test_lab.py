@@ -292,3 +292,26 @@ def test_loaded_lab_compares_with_the_network_that_it_once_began_with(lab: pl.La
     assert found.timings[0].batch == 4
     whole = sum(p.numel() for p in lab.original.parameters())
     assert sum(p.numel() for p in back._uncut().model.parameters()) == whole
+
+
+def test_an_estimate_is_of_one_network_and_one_plan_though_a_hand_moves_on_meanwhile(lab: pl.Lab) -> None:
+    lab.set("conv2", ratio=0.5)
+    lab.commit()
+    lab.repair("least-squares")
+    lab.set("fc1", ratio=0.5)
+    wanted = lab.estimate()
+    points, asked = lab.points, []
+
+    def back_to_the_uncut_network() -> bool:
+        if not asked:
+            asked.append(True)
+            while lab.can_undo:
+                lab.undo()
+        return True
+
+    # What was repaired a moment ago is not repaired again.
+    lab._repairer = None
+    found = lab.estimate(wanted=back_to_the_uncut_network)
+    assert asked
+    assert found.accuracy == wanted.accuracy
+    assert lab.points == points
