@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         load_optimizer as load_optimizer,
         save as save,
     )
-    from prunelab.train.csgd import csgd as csgd
+    from prunelab.train.csgd import csgd as csgd, squeeze_to as squeeze_to
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ _LATER = {
     "datasets": "prunelab",
     "carry": "prunelab.optimizers",
     "csgd": "prunelab.train.csgd",
+    "squeeze_to": "prunelab.train.csgd",
     **dict.fromkeys(("export", "load", "load_optimizer", "save"), "prunelab.saving"),
 }
 
@@ -101,7 +102,7 @@ __all__ = [
         "profile",
         "register",
     ),
-    *("save", "sensitivity", "sliced_masks", "trace", "with_gradients", "zoo"),
+    *("save", "sensitivity", "sliced_masks", "squeeze_to", "trace", "with_gradients", "zoo"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 Where two filters are the same, with the same norm after them, so are their channels, and a reader's weights for one can
 be added to those for the other: the network computes what it did before, without training (Ding et al. 2019,
-Centripetal SGD, arXiv 1904.03837, section 3.3). Where filters differ it is an approximation that needs no data.
+Centripetal SGD, arXiv 1904.03837). Where filters differ it is an approximation that needs no data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The gradients of Centripetal SGD: a cluster's filters share one gradient and are drawn to their centre.
 
 Ding, Ding, Guo and Han 2019, Centripetal SGD for pruning very deep convolutional networks with complicated structure,
-arXiv 1904.03837, equations 3 and 5. With *G* the gradient and *W* the weights of all filters, one a row,
+arXiv 1904.03837. With *G* the gradient and *W* the weights of all filters, one a row,
 
     *G* ← *ΓG* + *ε*(*W* − *ΓW*),        *Γ_jk* = 1/|H| where *j* and *k* are in the same cluster *H*, else 0.
 

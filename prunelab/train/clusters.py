@@ -72,7 +72,7 @@ def clusters(
     """Divide the channels of layers into as many clusters as are to be left.
 
     Where several weights make the same channels (a residual stream), the first of them, the pacesetter, decides for
-    all (Ding et al. 2019, arXiv 1904.03837, section 3.4).
+    all (Ding et al. 2019, arXiv 1904.03837).
 
     Args:
         widths: the share of its channels that every layer is to keep, 0 to 1; or by layer a share, or a whole number of

@@ -142,7 +142,7 @@ def squeeze_to(
 ) -> Squeezed:
     """Wider, then squeezed: train a network that is wider than wanted down to the wanted width.
 
-    The paper finds it better than training the narrow network (section 4.5).
+    The papers find it better than training the narrow network from the start.
 
     Args:
         make: builds the network with its widths multiplied by a factor; called with 1.0 and ``wider``. The wide one is
