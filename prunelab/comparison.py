@@ -15,6 +15,7 @@ from torch import Tensor
 from prunelab.criteria.registry import Scores, criteria_names, get, scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
+from prunelab.palette import colours
 from prunelab.plan import Plan, Setting
 from prunelab.preview import Precision, Preview
 from prunelab.profile.capture import Profile
@@ -119,6 +120,12 @@ class Comparison:
         from prunelab.comparison_figure import draw
 
         return draw(self, dark)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the picture for a light page, on a ground of its own."""
+        from prunelab.picture import png
+
+        return png(self.figure(), colours(dark=False)["back"])
 
     def __repr__(self) -> str:
         wanted = 2 * len(self.criteria) * len(self.ratios)

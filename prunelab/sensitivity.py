@@ -20,6 +20,7 @@ from torch import Tensor
 from prunelab.criteria.registry import scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
+from prunelab.palette import colours
 from prunelab.plan import REPAIRS, Plan, Setting
 from prunelab.preview import Precision, Preview, Score
 from prunelab.profile.capture import Profile
@@ -135,6 +136,12 @@ class Sensitivity:
         from prunelab.heatmap import heatmap
 
         return heatmap(self, dark)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the picture for a light page, on a ground of its own."""
+        from prunelab.picture import png
+
+        return png(self.figure(), colours(dark=False)["back"])
 
     def to_json(self) -> str:
         """The scan as JSON text."""

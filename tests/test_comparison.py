@@ -13,7 +13,7 @@ from support import Network
 import prunelab as pl
 from prunelab import zoo
 from prunelab.comparison import spearman
-from prunelab.explorer.plots import png
+from prunelab.picture import png
 
 NETWORK = Network(lambda: zoo.LeNet((6, 8, 10)), (1, 28, 28))
 IMAGES, LABELS = NETWORK.images(60, torch.float32), torch.arange(60) % 10

@@ -32,6 +32,7 @@ from prunelab.explorer.scan_view import ScanView
 from prunelab.explorer.tools import Tools
 from prunelab.explorer.train_view import TrainView
 from prunelab.explorer.worker import Worker
+from prunelab.picture import png
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.progress import Stopped
@@ -241,10 +242,10 @@ class Explorer(w.VBox):
     def _draw_details(self) -> None:
         # The row may have gone with a block meanwhile.
         if self.desk.selected in {layer.name for layer in self.lab.program.layers}:
-            self._details.value = plots.png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
+            self._details.value = png(plots.layer_details(self.lab, self.desk.selected, self.desk.dark))
 
     def _draw_scatter(self) -> None:
-        self._scatter.value = plots.png(plots.scatter(self.lab, self.desk.dark))
+        self._scatter.value = png(plots.scatter(self.lab, self.desk.dark))
 
     def _say(self, text: str, progress: float | None = None, error: str = "", busy: bool = False) -> None:
         self.desk.status = {"text": text, "error": error, "busy": busy, "progress": progress}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from prunelab.explorer.lab import Lab
@@ -16,17 +13,6 @@ from prunelab.explorer.stage import Point
 from prunelab.palette import colours
 from prunelab.plan import Setting, removed
 from prunelab.program.channels import Layer
-
-_LOCK = threading.Lock()
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG with a transparent ground."""
-    with _LOCK:
-        out = io.BytesIO()
-        figure.set_canvas(FigureCanvasAgg(figure))
-        figure.savefig(out, format="png")
-        return out.getvalue()
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ipywidgets as w
 
-from prunelab.explorer import plots
 from prunelab.explorer.desk import Desk
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.scanning import curves_of
+from prunelab.picture import png
 from prunelab.progress import Progress, Stopped
 
 
@@ -31,7 +31,7 @@ class ScanView:
     def draw(self) -> None:
         """The picture, in the page's colours."""
         if self._lab.scanned is not None and curves_of(self._lab):
-            self.picture.value = plots.png(self._lab.scanned.found.figure(self._desk.dark))
+            self.picture.value = png(self._lab.scanned.found.figure(self._desk.dark))
         self.show()
 
     def run(self, progress: Progress) -> str:

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from prunelab.errors import PruneLabError
 from prunelab.explorer import changes
-from prunelab.explorer.plots import png
 from prunelab.latency import Latency
+from prunelab.picture import png
 from prunelab.progress import Stopped
 from prunelab.widths import MULTIPLES
 

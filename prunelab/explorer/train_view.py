@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from prunelab.errors import PruneLabError
-from prunelab.explorer.plots import png
 from prunelab.explorer.train_plot import training_curves
 from prunelab.explorer.training import KINDS, Course, Training
+from prunelab.picture import png
 from prunelab.train.augment import Augment
 from prunelab.train.csgd import LOSSLESS, Squeezed
 

@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 import prunelab as pl
 from prunelab.explorer.app import Explorer
 from prunelab.explorer.changes import class_changes, flipped_images, saying
-from prunelab.explorer.plots import png
 from prunelab.outcomes import Outcomes
+from prunelab.picture import png
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
 
