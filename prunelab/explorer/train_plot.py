@@ -27,10 +27,18 @@ def training_curves(course: Course, dark: bool = False) -> Figure:
     _accuracy(below, course, c)
     for axes in (above, below):
         _dress(axes, c)
-        axes.set_xlim(0, max(course.epochs, 1))
+        axes.set_xlim(0, _last_shown(course))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     above.tick_params(axis="x", labelbottom=False)
     return figure
+
+
+def _last_shown(course: Course) -> int:
+    """Where the axis ends: at five epochs, and twice as many whenever it is full, so that it seldom moves."""
+    end = 5
+    while end < course.share * course.epochs:
+        end *= 2
+    return max(min(end, course.epochs), 1)
 
 
 def smoothed(losses: NDArray[np.float64], points: int = _POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 import prunelab as pl
 from prunelab.explorer.app import Explorer
 from prunelab.explorer.clock import Clock, in_words
-from prunelab.explorer.train_plot import smoothed
+from prunelab.explorer.train_plot import smoothed, training_curves
 from prunelab.explorer.training import Course, Training
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
@@ -388,3 +388,9 @@ def test_smoothing_keeps_a_constant_and_follows_a_fall() -> None:
     means, running = smoothed(np.linspace(2, 1, 400))
     assert (np.diff(running) < 0).all()
     assert abs(running[-1] - 1) < 0.06
+
+
+@pytest.mark.parametrize(("done", "end"), [(0, 5), (5, 5), (6, 10), (31, 40), (60, 60)])
+def test_the_axis_of_a_long_training_grows_with_it(done: int, end: int) -> None:
+    course = Course("finetune", 60, Clock(60, 10), of=4, losses=[(4 * done, 1.0)] if done else [])
+    assert training_curves(course).axes[0].get_xlim() == (0, end)
