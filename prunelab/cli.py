@@ -155,7 +155,10 @@ def _lab(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="prunelab-lab-") as defaults:
         os.environ.update(server_environment(os.environ, Path(defaults)))
         from jupyterlab.labapp import LabApp
+        from tornado.ioloop import PeriodicCallback
 
+        # A Ctrl-C that comes just before the loop falls asleep is noticed at its next event: there is one every second.
+        PeriodicCallback(lambda: None, 1000).start()
         LabApp.launch_instance(server_arguments(folder, port, token, start_page))
         # A second, impatient Ctrl-C must not break off the tidying up.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
