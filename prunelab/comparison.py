@@ -15,7 +15,6 @@ from torch import Tensor
 from prunelab.criteria.registry import Scores, criteria_names, get, scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
-from prunelab.palette import colours
 from prunelab.plan import Plan, Setting
 from prunelab.preview import Precision, Preview
 from prunelab.profile.capture import Profile
@@ -24,7 +23,7 @@ from prunelab.program.channels import Layer
 from prunelab.program.program import Program, cost
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress, track
-from prunelab.scanfile import Numbers, read_scan, scan_file, write_scan
+from prunelab.scanfile import numbers_of, read_scan, scan_file, write_scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,9 +122,9 @@ class Comparison:
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: the picture for a light page, on a ground of its own."""
-        from prunelab.picture import png
+        from prunelab.picture import on_a_light_page
 
-        return png(self.figure(), colours(dark=False)["back"])
+        return on_a_light_page(self.figure())
 
     def __repr__(self) -> str:
         wanted = 2 * len(self.criteria) * len(self.ratios)
@@ -209,7 +208,7 @@ def compare(
     for name, where, ratio in track(cuts, "comparison", len(cuts), progress):
         cut = _cut(program, known[name], free if where == "network" else [one], ratio)
         if cut.digest not in held:
-            held[cut.digest] = _measured(preview, cut, n, precision)
+            held[cut.digest] = numbers_of(preview.accuracy(cut, n=n, precision=precision))
             file = file if file is not None and write_scan(file, held) else None
         size = cost(program, cut)
         point = Compared(name, where, ratio, *held[cut.digest], found.n, size.params, size.flops, found.precision)
@@ -227,11 +226,6 @@ def _cut(program: Program, known: Mapping[str, Scores], layers: list[Layer], rat
     settings = {layer.name: Setting(ratio=ratio) for layer in layers}
     plan = Plan(settings=settings, bypassed=program.bypassed)
     return plan.resolve(program.base, None, lambda layer: known[layer.name])
-
-
-def _measured(preview: Preview, cut: Selection, n: int, precision: Precision) -> Numbers:
-    found = preview.accuracy(cut, n=n, precision=precision)
-    return found.accuracy, found.low, found.high, found.change, found.half
 
 
 def spearman(a: Scores, b: Scores) -> float:

@@ -8,6 +8,8 @@ import threading
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from prunelab.palette import colours
+
 _LOCK = threading.Lock()
 
 
@@ -24,3 +26,8 @@ def png(figure: Figure, ground: str = "") -> bytes:
         figure.set_canvas(FigureCanvasAgg(figure))
         figure.savefig(out, format="png")
         return out.getvalue()
+
+
+def on_a_light_page(figure: Figure) -> bytes:
+    """A figure that was drawn for a light page, as a PNG on such a ground: what a notebook shows of a value."""
+    return png(figure, colours(dark=False)["back"])

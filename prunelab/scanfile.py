@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from prunelab.preview import Estimate
+from prunelab.profile.result import network_digest
 from prunelab.profile.store import cache_folder, digest_tensor
 from prunelab.program.program import Program
 
@@ -36,16 +38,19 @@ def scan_file(
     if cache is False:
         return None
     hasher = hashlib.blake2b(digest_size=16)
-    # Two networks of equal layers may differ in an activation between them.
-    graph = [(n.opname, dict(n.args), n.target) for n in program.base.nodes]
-    hasher.update(f"{graph}{settings}{FORMAT}".encode())
-    for tensor in [*map(program.base.state, program.base.state_nodes), *tensors]:
+    hasher.update(f"{network_digest(program.base)}{settings}{FORMAT}".encode())
+    for tensor in tensors:
         if tensor is None:
             hasher.update(b"none")
         else:
             digest_tensor(hasher, tensor)
     root = cache_folder() if cache is True else Path(cache)
     return root / "scans" / f"{hasher.hexdigest()}.json"
+
+
+def numbers_of(found: Estimate) -> Numbers:
+    """What is kept of an estimate."""
+    return found.accuracy, found.low, found.high, found.change, found.half
 
 
 def read_scan(file: Path | None) -> dict[str, Numbers]:

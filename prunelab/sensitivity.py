@@ -20,7 +20,6 @@ from torch import Tensor
 from prunelab.criteria.registry import scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
-from prunelab.palette import colours
 from prunelab.plan import REPAIRS, Plan, Setting
 from prunelab.preview import Precision, Preview, Score
 from prunelab.profile.capture import Profile
@@ -29,7 +28,7 @@ from prunelab.program.program import Program, cost
 from prunelab.program.selection import Selection, with_masks
 from prunelab.progress import Progress, Stopped, track
 from prunelab.repair import Repairer
-from prunelab.scanfile import Numbers, read_scan, scan_file, write_scan
+from prunelab.scanfile import Numbers, numbers_of, read_scan, scan_file, write_scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,9 +138,9 @@ class Sensitivity:
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: the picture for a light page, on a ground of its own."""
-        from prunelab.picture import png
+        from prunelab.picture import on_a_light_page
 
-        return png(self.figure(), colours(dark=False)["back"])
+        return on_a_light_page(self.figure())
 
     def to_json(self) -> str:
         """The scan as JSON text."""
@@ -367,4 +366,4 @@ class _Scan:
         repaired = self._repairer(masked, self._found.repair)
         # Without the masks, whose weights are zero already: so it shares values with the unpruned network.
         found = self._preview.accuracy(selection, n=self._found.n, repaired=repaired, precision=self._precision)
-        return found.accuracy, found.low, found.high, found.change, found.half
+        return numbers_of(found)

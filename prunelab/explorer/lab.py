@@ -24,14 +24,13 @@ from prunelab.latency import Latency, latency
 from prunelab.outcomes import Outcomes
 from prunelab.plan import Plan
 from prunelab.preview import Estimate, Precision, Preview, labelled
-from prunelab.profile.batches import in_order
 from prunelab.program.cache import Cache
 from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection, with_masks
 from prunelab.progress import Progress
-from prunelab.repair import Repaired, Repairer
+from prunelab.repair import Repaired, Repairer, sample_of
 from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
 from prunelab.sensitivity import Sensitivity
@@ -43,10 +42,6 @@ from prunelab.train.runfile import RunFile
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-REPAIR_IMAGES = 1000
-"""How many training images a repair looks at."""
 
 
 class Lab(Planning):
@@ -220,7 +215,7 @@ class Lab(Planning):
         Args: as :func:`prunelab.sensitivity`.
         """
         if settings.get("repair", self.plan.repair) != "none":
-            settings.setdefault("repair_images", labelled(in_order(self.train), REPAIR_IMAGES)[0])
+            settings.setdefault("repair_images", sample_of(self.train))
         return scan(self, **settings)
 
     def _measured(
@@ -247,7 +242,7 @@ class Lab(Planning):
         if plan.repair == "none":
             return None
         if self._repairer is None or self._repairer.program is not stage.program:
-            self._repairer = Repairer(stage.program, labelled(in_order(self.train), REPAIR_IMAGES)[0])
+            self._repairer = Repairer(stage.program, sample_of(self.train))
         return self._repairer
 
     def _repair(self, stage: Stage, plan: Plan, selection: Selection, wanted: Wanted = always) -> Repaired:

@@ -32,13 +32,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
 from prunelab.plan import REPAIRS
-from prunelab.profile.batches import check_images, inputs_of
+from prunelab.preview import labelled
+from prunelab.profile.batches import check_images, in_order, inputs_of
 from prunelab.program.cache import Cache
 from prunelab.program.program import Program
 from prunelab.program.run import removes_anything
@@ -51,6 +53,9 @@ from prunelab.repair.walk import Walk
 
 BUDGET = GIB
 """Bytes of values and of corrected weights that are kept for the next selection."""
+
+SAMPLE = 1000
+"""How many training images a repair looks at."""
 
 _WALK_BYTES = 4 << 30
 _HELD_AT_ONCE = 4
@@ -167,6 +172,11 @@ class Repairer:
 def repair(program: Program, selection: Selection, how: str, images: Tensor | None) -> Repaired:
     """One repair, as :class:`Repairer` gives it; nothing is kept."""
     return Repairer(program, images, budget=0)(selection, how)
+
+
+def sample_of(train: Any) -> Tensor:
+    """What repairs look at: the first :data:`SAMPLE` images of a training set, or of the set under a loader."""
+    return labelled(in_order(train), SAMPLE)[0]
 
 
 def _affordable(program: Program, value_bytes: int) -> int:

@@ -64,7 +64,7 @@ def nearest(program: Program, layer: Layer, kept: Iterable[int]) -> NDArray[np.i
     The distance is Euclidean, over all that makes a channel: filters, biases, and the weights of norms.
     """
     stay = np.array(sorted(kept), np.int64)
-    features = torch.cat([_rows(program, slot) for slot in made(program, layer)], 1)
+    features = torch.cat([rows_of(program, slot) for slot in made(program, layer)], 1)
     # Without the shortcut through matrix products, which rounds: the distance of equal filters is exactly zero.
     distances = torch.cdist(features, features[torch.from_numpy(stay)], compute_mode="donot_use_mm_for_euclid_dist")
     found: NDArray[np.int64] = stay[distances.argmin(1).cpu().numpy()]
@@ -92,7 +92,7 @@ def _buffers(program: Program) -> set[str]:
     return set(program.state_nodes) - parameters
 
 
-def _rows(program: Program, slot: Slot) -> Tensor:
+def rows_of(program: Program, slot: Slot) -> Tensor:
     """What a slot holds of every channel, shape ``(channels, values)``."""
     tensor = program.state(slot.state).movedim(slot.dim, 0).double()
     return tensor[torch.from_numpy(slot.index)].flatten(1)

@@ -17,7 +17,7 @@ from prunelab.plan import Plan
 from prunelab.program.channels import Layer
 from prunelab.program.program import Program
 from prunelab.program.selection import Selection
-from prunelab.repair.merge import unmergeable
+from prunelab.repair.merge import rows_of, unmergeable
 
 _ROUNDS = 100
 Numbers = NDArray[np.int64]
@@ -121,7 +121,7 @@ def _filters(program: Program, layer: Layer) -> Tensor:
     """The pacesetter's filters, flattened: shape ``(channels, values)``."""
     state, dim = layer.producers[0]
     slot = next(slot for slot in layer.slots if (slot.state, slot.dim) == (state, dim))
-    return program.state(state).movedim(dim, 0)[torch.from_numpy(slot.index)].flatten(1).double().cpu()
+    return rows_of(program, slot).cpu()
 
 
 def kmeans(rows: Tensor, count: int, seed: int) -> Numbers:

@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from prunelab.commit import commit
 from prunelab.errors import PruneLabError
 from prunelab.preview import labelled
+from prunelab.profile.batches import batches
 from prunelab.program.guard import random_kept
 from prunelab.program.program import Program, trace
 from prunelab.program.run import bind
@@ -109,13 +110,13 @@ def csgd(
     """
     own = ("folder", "every", "progress", "on_epoch", "watch")
     given = {name: settings.pop(name) for name in own if name in settings}
-    how_to = recipe or Recipe.of({"lr": 0.03, **settings})
+    how_to = Recipe.chosen(recipe, settings if recipe is not None else {"lr": 0.03, **settings})
     images, _ = labelled(val, 64)
     program = trace(model, images[:2])
     chosen = widths if isinstance(widths, Clusters) else clusters(program, widths, how=how, seed=how_to.seed)
     if not chosen.of:
         raise PruneLabError("There is nothing to squeeze: no layer is to lose a channel.")
-    steps = how_to.epochs * steps_per_epoch(train, how_to.batch_size)
+    steps = how_to.epochs * (batches(train, how_to.batch_size)[1] or 0)
     rates = how_to.lr * sum(how_to.factor(step, steps) for step in range(steps))
     strength = pull if pull is not None else pull_for(max(rates, 1e-12), decay=how_to.weight_decay)
     centripetal = Centripetal(program, chosen, pull=strength, vector_pull=vector_pull)
@@ -162,11 +163,6 @@ def squeeze_to(
     if missing:
         raise PruneLabError(f"The wide network has no layer {missing[0]!r}: only widths may differ.")
     return csgd(wide, train, val, targets, **settings)
-
-
-def steps_per_epoch(train: Any, batch_size: int) -> int:
-    """Steps that a pass over the training set takes."""
-    return len(train) if hasattr(train, "dataset") else -(-len(train) // batch_size)
 
 
 def _sgd(parameters: list[nn.Parameter], recipe: Recipe) -> Optimizer:

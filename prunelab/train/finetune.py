@@ -70,11 +70,9 @@ def finetune(
     """
     import pandas as pd
 
-    if recipe is not None and settings:
-        raise PruneLabError(f"Give a recipe or settings, not both: {', '.join(settings)} belong into the recipe.")
     if every < 1:
         raise PruneLabError(f"There must be 1 step or more between two checkpoints, not {every}.")
-    recipe = recipe or Recipe.of(settings)
+    recipe = Recipe.chosen(recipe, settings)
     with random_kept(), as_it_was(model, recipe.optimizer), accelerated(recipe.precision) as accelerator:
         checkpoints = None if folder is None else Checkpoints(folder, identity(model, train, val, recipe))
         trainer = Trainer(accelerator, model, train, val, recipe, watch)

@@ -18,13 +18,12 @@ from prunelab.plan import Plan
 from prunelab.preview import labelled
 from prunelab.program.program import cost, sliced_masks, trace
 from prunelab.program.selection import Selection, with_masks
+from prunelab.repair import sample_of
 from prunelab.train.finetune import finetune
 from prunelab.train.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
-
-REPAIR_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def iterative(
     now = copy.deepcopy(model)
     example = labelled(val, 2)[0]
     watched = {name: settings.pop(name) for name in ("every", "progress", "on_epoch", "watch") if name in settings}
-    recipe = recipe or Recipe.of(settings)
+    recipe = Recipe.chosen(recipe, settings)
     masks: dict[str, Tensor] = dict(recipe.masks)
     optimizer = recipe.optimizer_for(now)
     if isinstance(recipe.optimizer, Optimizer):
@@ -84,7 +83,7 @@ def iterative(
         program = trace(now, example)
         statistics = profile_for(program, train, plan.criterion, progress=False)
         selection = with_masks(plan.resolve(program, statistics), masks)
-        images = labelled(getattr(train, "dataset", train), REPAIR_IMAGES)[0] if plan.repair != "none" else None
+        images = sample_of(train) if plan.repair != "none" else None
         now = commit(program, selection, repair=plan.repair, images=images)
         masks, optimizer = sliced_masks(program, selection), carry(optimizer, program, selection, now)
         here = None if folder is None else Path(folder) / f"round-{len(rounds) + 1}"

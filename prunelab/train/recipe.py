@@ -123,6 +123,17 @@ class Recipe:
                 raise unknown("setting", name, known)
         return Recipe(**{**settings, "masks": settings.get("masks") or {}})
 
+    @staticmethod
+    def chosen(recipe: Recipe | None, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe that was given, or that of settings by name.
+
+        Raises:
+            PruneLabError: both were given, or as :meth:`of`.
+        """
+        if recipe is not None and settings:
+            raise PruneLabError(f"Give a recipe or settings, not both: {', '.join(settings)} belong into the recipe.")
+        return recipe or Recipe.of(settings)
+
     def factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied by in a step (counted from 0) of so many."""
         # In the middle of the step: the first one has a rate above zero, and so has the last.

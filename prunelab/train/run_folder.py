@@ -28,9 +28,9 @@ from prunelab.profile.capture import profile
 from prunelab.program.program import sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import with_masks
+from prunelab.repair import sample_of
 from prunelab.saving import Record, save
 from prunelab.train.finetune import finetune
-from prunelab.train.iterative import REPAIR_IMAGES
 from prunelab.train.keeping import Kept, read_lab, write_lab
 from prunelab.train.position import Epoch
 from prunelab.train.runfile import KEY, RunFile
@@ -142,7 +142,7 @@ def _cut(kept: Kept, train: Any, val: Any) -> Kept:
         return Kept(kept.model, kept.masks)
     selection = with_masks(kept.cut, kept.masks)
     repair = json.loads(kept.record["plan"])["repair"]
-    images = labelled(in_order(train), REPAIR_IMAGES)[0] if repair != "none" else None
+    images = sample_of(train) if repair != "none" else None
     return Kept(commit(program, selection, repair=repair, images=images), sliced_masks(program, selection))
 
 
