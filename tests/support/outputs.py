@@ -53,42 +53,46 @@ def executed(path: Path) -> NotebookNode:
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:
     """A copy without what only a running kernel can show or what differs between two equal runs."""
+    names: dict[str, str] = {}
     found: NotebookNode = nbformat.from_dict(
         {
             "nbformat": notebook.nbformat,
             "nbformat_minor": notebook.nbformat_minor,
             "metadata": {"kernelspec": _KERNEL, "language_info": _LANGUAGE},
-            "cells": [_cell(cell) for cell in notebook.cells],
+            "cells": [_cell(cell, names) for cell in notebook.cells],
         }
     )
     return found
 
 
-def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+def _cell(cell: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
     kept = {key: value for key, value in cell["metadata"].items() if key in _KEPT}
     if cell["cell_type"] != "code":
         return {**cell, "metadata": kept}
-    outputs = [_output(output) for output in cell["outputs"]]
+    outputs = [_output(output, names) for output in cell["outputs"]]
     return {**cell, "metadata": kept, "outputs": [output for output in outputs if output is not None]}
 
 
-def _output(output: Mapping[str, Any]) -> dict[str, Any] | None:
-    """An output without its widget, or None where nothing else is in it."""
+def _output(output: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any] | None:
+    """An output without its widget, or None where nothing else is in it.
+
+    Args:
+        names: of the styled tables so far, which no two of a page may share; added to.
+    """
     if output["output_type"] == "stream":
         return None if output["name"] == "stderr" else dict(output)
     if "data" not in output:
         return dict(output)
-    data = {kind: _settled(value) for kind, value in output["data"].items() if kind != _WIDGET}
+    data = {kind: _settled(value, names) for kind, value in output["data"].items() if kind != _WIDGET}
     if _WIDGET in output["data"] and set(data) <= {"text/plain"}:
         return None
     return {**output, "data": data, "metadata": {}}
 
 
-def _settled(value: Any) -> Any:
+def _settled(value: Any, names: dict[str, str]) -> Any:
     if not isinstance(value, str):
         return value
-    names = {name: f"T_{number:05}" for number, name in enumerate(dict.fromkeys(_TABLE.findall(value)))}
-    return _TABLE.sub(lambda found: names[found.group()], _ADDRESS.sub("", value))
+    return _TABLE.sub(lambda found: names.setdefault(found.group(), f"T_{len(names):05}"), _ADDRESS.sub("", value))
 
 
 def main(paths: list[str]) -> None:
