@@ -21,9 +21,8 @@ from prunelab.search.moves import exchanged, path
 from prunelab.search.result import Best, Step, Tried, Wish
 from prunelab.search.space import RATIOS, Choice, Space
 
-# What is done, of all, when the path is at its end and when the exchanges are.
-_PATH, _EXCHANGES = 0.6, 0.95
-_MOST_EXCHANGES = 8
+_PATH = 0.6
+"""Of the work, as shown, when the path is at its end."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
 _FINE = tuple(k / 200 for k in range(191))
@@ -45,20 +44,22 @@ class Search:
         repair_images: Tensor | None,
         masks: Mapping[str, Tensor],
         n: int,
+        n_found: int | None,
         precision: Precision,
         cache: Path | str | bool,
         memory: int,
         on_step: Callable[[Step], None] | None,
     ) -> None:
         """Args: as :func:`prunelab.search.best_plan`."""
-        if n < 1:
-            raise PruneLabError(f"A search needs at least one image, not n={n}.")
+        total = len(labels) if n_found is None else min(n_found, len(labels))
+        if min(n, total) < 1:
+            raise PruneLabError(f"A search needs at least one image, not n={n} and n_found={n_found}.")
         self._wish = wish
         self._space = space
         self._tell = on_step or (lambda _: None)
         self._dense = cost(space.program)
         preview = Preview(space.program, images, labels, memory=Cache(memory))
-        self._base = preview.accuracy(precision=precision)
+        self._base = preview.accuracy(n=total, precision=precision)
         repair = space.fixed.repair
         sample = None if repair == "none" else repair_images
 
@@ -72,8 +73,8 @@ class Search:
             repairer = Repairer(space.program, images_of_repair)
             return Meter(preview, repairer, repair, n=n, quick=quick, masks=masks, precision=precision, file=file)
 
-        self._rough = meter(None if sample is None else sample[:_SEARCH_SAMPLE], min(n, len(labels)), True)
-        self._exact = meter(sample, len(labels), False)
+        self._rough = meter(None if sample is None else sample[:_SEARCH_SAMPLE], min(n, total), True)
+        self._exact = meter(sample, total, False)
         self._sizes: dict[Choice, tuple[int, int]] = {}
         self._losses: dict[Choice, float] = {}
 
@@ -138,11 +139,14 @@ class Search:
             if self._hopeless(steps[-1]):
                 break
         if self._wish.budgets:
-            size, last = self._size, self._space.last
-            for k, choice in enumerate(exchanged(choices[-1], last, self._loss, self._fits, size, _MOST_EXCHANGES)):
+            if choices[-1] != (start := min(choices[-1], self._same_rungs(), key=self._loss)):
+                steps.append(self._step(choices[-1], start))
+                choices.append(start)
+            exchanges = exchanged(choices[-1], self._space.last, self._loss, self._fits, self._size)
+            for k, choice in enumerate(exchanges):
                 steps.append(self._step(choices[-1], choice))
                 choices.append(choice)
-                yield _PATH + (_EXCHANGES - _PATH) * (k + 1) / _MOST_EXCHANGES
+                yield _PATH + (1 - _PATH) * (1 - 0.9**k)
         found, uniform = self._last(choices), self._uniform()
         if uniform is not None and self._better(uniform, found):
             found = uniform
@@ -207,6 +211,12 @@ class Search:
         else:
             plan = last_that(plans[1:], self._granted)
         return None if plan is None else self._tried(plan, self._exact)
+
+    def _same_rungs(self) -> Choice:
+        """The first choice of one rung for all layers, as far as each goes, that fits."""
+        last = self._space.last
+        rungs = (tuple(min(rung, top) for top in last) for rung in range(max(last) + 1))
+        return next(choice for choice in rungs if self._fits(choice))
 
     def _same(self, ratio: float) -> dict[str, float]:
         """One ratio for all layers, as far as each goes."""
