@@ -51,9 +51,8 @@ def _row(lab: Lab, layer: Layer, share: float, selection: Selection) -> str:
     if masks:
         kept, count = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
     bar = f'<span style="{_BAR}"><span style="{_KEPT}; width: {100 * kept / count:.0f}%"></span></span>'
-    of = "weights" if masks else "channels"
     return _cells(
-        html.escape(layer.name), f"{share:.1%}", _words(setting), f"{kept:,} of {count:,} {of}", bar,
+        html.escape(layer.name), f"{share:.1%}", _words(setting), f"{kept:,} of {count:,}", bar,
         html.escape(layer.pinned),
     )  # fmt: skip
 
@@ -61,12 +60,14 @@ def _row(lab: Lab, layer: Layer, share: float, selection: Selection) -> str:
 def _words(setting: Setting) -> str:
     found = {
         "none": "",
-        "ratio": f"{setting.ratio or 0:.0%} of its {setting.grain}s",
-        "std": f"mean − {setting.std or 0:.2g} standard deviations",
+        "ratio": f"{setting.ratio or 0:.0%} of {setting.grain}s",
+        "std": f"mean − {setting.std or 0:.2g}·σ",
         "manual": "chosen by hand",
     }
     return found[setting.rule]
 
 
 def _cells(*texts: str) -> str:
-    return "<tr>" + "".join(f'<td style="text-align: left">{text}</td>' for text in texts) + "</tr>"
+    return (
+        "<tr>" + "".join(f'<td style="text-align: left; white-space: nowrap">{text}</td>' for text in texts) + "</tr>"
+    )

@@ -28,10 +28,10 @@ def test_rows_say_what_is_set_and_what_stays(lab: pl.Lab) -> None:
     lab.set("fc1", ratio=0.9, grain="weight")
     text = summary(lab)
     kept = len(lab.selection.kept["conv2"])
-    assert row_of(text, "conv1")[2:4] == ["50% of its channels", "10 of 20 channels"]
-    assert row_of(text, "conv2")[2:4] == ["mean − 1 standard deviations", f"{kept} of 50 channels"]
-    assert row_of(text, "fc1")[1:4] == ["92.9%", "90% of its weights", "40,000 of 400,000 weights"]
-    assert row_of(text, "fc2")[2:4] == ["", "10 of 10 channels"]
+    assert row_of(text, "conv1")[2:4] == ["50% of channels", "10 of 20"]
+    assert row_of(text, "conv2")[2:4] == ["mean − 1·σ", f"{kept} of 50"]
+    assert row_of(text, "fc1")[1:4] == ["92.9%", "90% of weights", "40,000 of 400,000"]
+    assert row_of(text, "fc2")[2:4] == ["", "10 of 10"]
     assert "outputs" in row_of(text, "fc2")[5]
     assert f"→ {lab.cost().nonzero:,} parameters that are not zero" in text
     assert "&lt;Le&gt;Net" in text
