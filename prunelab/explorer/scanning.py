@@ -67,9 +67,11 @@ def stale(lab: Lab) -> str:
         return ""
     plan, found = lab.plan, lab.scanned.found
     seed = found.seed != plan.seed and plan.criterion == "random"
+    # Single weights go by their magnitude, whatever scores the channels.
+    scored = found.grain == "channel"
     differs = {
-        f"by {found.criterion}": found.criterion != plan.criterion or seed,
-        f"combined by {found.combine}": found.combine != plan.combine,
+        f"by {found.criterion}": scored and (found.criterion != plan.criterion or seed),
+        f"combined by {found.combine}": scored and found.combine != plan.combine,
         "without repair" if found.repair == "none" else f"with repair {found.repair}": found.repair != plan.repair,
         "with other blocks and layers removed": lab.scanned.program.bypassed != plan.bypassed,
     }

@@ -22,6 +22,16 @@ explorer
 """
 
 
+LAB_OF_WEIGHTS = """
+import prunelab as pl
+train, test = pl.datasets.fashion_mnist()
+lab = pl.Lab(pl.zoo.load("lenet"), train.subset(500), test)
+lab.set_all(ratio=0.5, grain="weight")
+lab.sensitivity(ratios=(0.3, 0.6, 0.9), n=100, progress=False)
+pl.explore(lab)
+"""
+
+
 def lenet(size: int = 2000) -> list[str]:
     """Cells that open the explorer on LeNet."""
     return [OPEN.format(name="lenet", size=size, title="LeNet")]
@@ -285,6 +295,20 @@ def test_a_scan_draws_a_curve_behind_every_slider(notebook_page: OpenNotebook) -
     expect(curves).to_have_count(0)
     expect(found.locator("thead th.c-ratio")).to_have_text("ratio")
     expect(pictures).to_have_count(before)
+    page.assert_no_errors()
+
+
+def test_a_scan_of_single_weights_stands_behind_the_rows_that_lose_single_weights(notebook_page: OpenNotebook) -> None:
+    page = notebook_page([LAB_OF_WEIGHTS])
+    found = desk(page)
+    curves = found.locator(".pl-curve[aria-label]:not([visibility])")
+    expect(curves).to_have_count(3)
+    assert "; alone, accuracy" in (slider(found, "fc1", "ratio").get_attribute("aria-valuetext") or "")
+    # Half of it is gone: a grey and a blue half.
+    assert found.locator('[data-row="fc1"] .pl-curve-area.pl-area-removed').get_attribute("d") != ""
+    assert found.locator('[data-row="fc1"] .pl-curve-area.pl-area-kept').get_attribute("d") != ""
+    slider(found, "fc1", "grain").press("ArrowLeft")
+    expect(curves).to_have_count(2)
     page.assert_no_errors()
 
 

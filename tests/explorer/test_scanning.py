@@ -121,6 +121,8 @@ def test_rows_of_single_weights_are_scanned_by_single_weights() -> None:
     curves = curves_of(lab)
     assert curves["grain"] == "weight"
     assert [point[0] for point in curves["layers"]["fc1"]] == [0.5, 0.9]
+    lab.criterion("l2")
+    assert stale(lab) == ""
     lab.set("fc1", grain="channel")
     # Rows that differ are scanned by channels.
     assert lab.sensitivity(ratios=(0.5,), n=100, progress=False).grain == "channel"
