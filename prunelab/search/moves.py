@@ -12,7 +12,7 @@ Measure = Callable[[Choice], float]
 
 _MOST = 60
 """Exchanges at most."""
-_TRIED = 12
+_TRIED = 16
 """Exchanges that are tried in vain before all layers are measured again."""
 _LOOKED_AT = 8
 """Layers that are looked at on either side of an exchange."""
@@ -67,17 +67,17 @@ def exchanged(
 ) -> Iterator[Choice]:
     """Better and better choices that fit: one layer gets channels back, and another pays for it.
 
-    What one rung is worth is measured in every layer, then exchanges are tried in the order of what they promise. After
+    What a rung is worth is measured in every layer, then exchanges are tried in the order of what they promise. After
     one that keeps its promise only the two layers in it are measured again; all are, before the search gives up.
 
     Args:
         size: of the network.
     """
     layers = range(len(now))
-    known = _worths(now, last, layers, loss, size)
-    fresh = True
+    known, fresh = _worths(now, last, layers, loss, size), True
     for _ in range(_MOST):
-        found = next((there for there in _promising(now, last, known, fits, size) if loss(there) < loss(now)), None)
+        tried = _promising(now, last, known, fits, size)
+        found = next((there for there in tried if loss(there) < loss(now)), None)
         if found is not None:
             changed = [k for k in layers if found[k] != now[k]]
             now, fresh = found, False
@@ -111,7 +111,11 @@ def _worths(now: Choice, last: Choice, layers: Iterable[int], loss: Measure, siz
 
 
 def _promising(
-    now: Choice, last: Choice, known: Mapping[int, _Worth], fits: Callable[[Choice], bool], size: Measure
+    now: Choice,
+    last: Choice,
+    known: Mapping[int, _Worth],
+    fits: Callable[[Choice], bool],
+    size: Measure,
 ) -> list[Choice]:
     """The exchanges that promise most, best first."""
     promised: list[tuple[float, Choice]] = []
@@ -126,7 +130,7 @@ def _promising(
             paid = None if payer == giver else _paid(there, last, payer, fits)
             if paid is not None:
                 promised.append((gain + known[payer].taken * (size(there) - size(paid)), paid))
-    return [choice for promise, choice in sorted(promised) if promise < 0][:_TRIED]
+    return [choice for _, choice in sorted(promised)[:_TRIED]]
 
 
 def _paid(choice: Choice, last: Choice, payer: int, fits: Callable[[Choice], bool]) -> Choice | None:
