@@ -15,8 +15,9 @@ from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments.sources import Sets, folder
 from prunelab.papers.experiments.subjects import LENETS, mnist_on_black
 from prunelab.papers.experiments.trimming_rule import by_rule
-from prunelab.papers.network_trimming import from_scratch, to_widths
+from prunelab.papers.network_trimming import to_widths
 from prunelab.papers.reproduce import Reproduction, Task
+from prunelab.papers.scratch import from_scratch
 from prunelab.profile.capture import profile
 from prunelab.program.program import trace
 from prunelab.train.finetune import finetune
