@@ -21,7 +21,9 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = tmp_path / "bundled"
     (source / "figures").mkdir(parents=True)
     (source / ".ipynb_checkpoints").mkdir()
-    for name in ("quickstart.ipynb", "lesson.ipynb", "figures/a.txt", ".ipynb_checkpoints/old.ipynb"):
+    (source / "results").mkdir()
+    names = ("quickstart.ipynb", "lesson.ipynb", "figures/a.txt", ".ipynb_checkpoints/old.ipynb", "results/a.md")
+    for name in names:
         (source / name).write_text(json.dumps({"name": name}))
     monkeypatch.setattr(resources, "folder", lambda name: {"notebooks": source}[name])
     user = tmp_path / "user"
@@ -34,7 +36,9 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_first_start_copies_every_notebook_and_says_where(bundled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_start_copies_every_notebook_but_no_results_and_says_where(
+    bundled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, notebook = cli.prepare_folder(None, None)
     assert folder == Path.cwd()
     assert notebook == folder / "quickstart.ipynb"
