@@ -1,7 +1,7 @@
 """The best plan against one ratio for all layers at equal FLOPs: ResNet-56 on CIFAR-10, by L1, nothing trained.
 
-``python tests/bench/search.py WEIGHTS CIFAR10`` prints a table per repair. A plan is chosen by the first 2,000 test
-images and its accuracy measured on the other 8,000; repairs look at 1,000 training images. At every operating point the
+``python tests/bench/search.py WEIGHTS CIFAR10`` prints a table per repair. Repairs look at the first 1,000
+training images, a plan is chosen by the next 2,000, and accuracy is that on all test images. At every operating point the
 budget is the FLOPs of the plan of one ratio for all layers, exactly. Because residual streams are dear to this network,
 one ratio for the layers inside blocks alone is shown too, at the same FLOPs. Seconds are the processor's, on one
 thread unless told; points after the first take what they have in common with it from ``--cache``. Weights and data are
@@ -51,7 +51,8 @@ def main() -> int:
     torch.set_num_threads(asked.threads)
     train, test = npz(asked.cifar10, tuple("0123456789"), MEAN, STD, name="CIFAR-10")
     program = pl.trace(network(asked.weights), test.images[:2])
-    preview = pl.Preview(program, test.images[CHOSEN_BY:], test.labels[CHOSEN_BY:])
+    preview = pl.Preview(program, test.images, test.labels)
+    chosen_by = slice(SAMPLE, SAMPLE + CHOSEN_BY)
     cache = asked.cache or Path(tempfile.mkdtemp())
     repairer = Repairer(program, train.images[:SAMPLE])
     for repair in asked.repairs:
@@ -65,7 +66,7 @@ def main() -> int:
 
         def search(share: float, repair: str = repair) -> pl.Best:
             return pl.best_plan(
-                program, None, test.images[:CHOSEN_BY], test.labels[:CHOSEN_BY], flops=share, repair=repair,
+                program, None, train.images[chosen_by], train.labels[chosen_by], flops=share, repair=repair,
                 repair_images=train.images[:SAMPLE], progress=False, cache=cache,
             )  # fmt: skip
 
