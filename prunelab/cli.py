@@ -121,6 +121,43 @@ def _import_from_here() -> None:
         sys.path.insert(0, here)
 
 
+# -- prunelab reproduce ---------------------------------------------
+
+
+def _paper_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the reproduction; without it, all are listed")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the folder that holds the data sets")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds, from 0 (default: 3)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("notebooks/results"),
+        metavar="DIR",
+        help="where results go (default: %(default)s)",
+    )
+    parser.add_argument("--short", action="store_true", help="seconds on embedded images, to see that the code runs")
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from prunelab.papers.reproduce import find, listing, reproduce
+
+    if arguments.name is None:
+        print(listing())
+        return 0
+    find(arguments.name)
+    if arguments.data is None and not arguments.short:
+        raise PruneLabError("Give the folder that holds the data sets: --data DIR.")
+    reproduce(
+        arguments.name,
+        arguments.data or Path(),
+        seeds=arguments.seeds,
+        out=arguments.out,
+        short=arguments.short,
+        say=partial(print, flush=True),
+    )
+    return 0
+
+
 # -- prunelab lab ---------------------------------------------
 
 
@@ -351,6 +388,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("lab", "Open the explorer's notebooks in JupyterLab", _lab_arguments, _lab),
     Command("finetune", "Commit and fine-tune from a folder; again, go on where it was", _run_arguments, _finetune),
     Command("profile", "Profile the network of a folder on its training set", _run_arguments, _profile),
+    Command("reproduce", "Run a paper's experiment for several seeds and tabulate it", _paper_arguments, _reproduce),
 )
 
 if __name__ == "__main__":
