@@ -59,7 +59,7 @@ class Trainer:
         lay_out_like_parameters(self.own_optimizer)
         self.rates = [group["lr"] for group in self.own_optimizer.param_groups]
         self.wrapped = accelerator.prepare_model(Shell(model))
-        # accelerate's own around it is for float16's scaler alone, and looks through the disk for packages at every step.
+        # accelerate's own is for float16's scaler alone, and looks through the disk for packages at every step.
         scaled = accelerator.scaler is not None
         self.optimizer = accelerator.prepare_optimizer(self.own_optimizer) if scaled else self.own_optimizer
         self.masks = Masks(model, recipe.masks)
