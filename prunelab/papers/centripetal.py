@@ -19,6 +19,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ def centripetal_sgd(
     shares: float | Sequence[float] = 0.625,
     how: str = "kmeans",
     seed: int = 0,
+    folder: Path | str | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, tuple[Squeeze, ...]]:
     """Squeeze a network to a share of its widths. The given network is not changed.
@@ -69,6 +71,7 @@ def centripetal_sgd(
             other, with a training for each.
         how: the clusters are made: one of ``prunelab.train.clusters.WAYS``.
         seed: of k-means and of the training.
+        folder: for checkpoints, each training's in a folder of its own.
         settings: as for :func:`prunelab.csgd`: ``epochs``, ``lr``, ``pull``, ``teacher`` …
 
     Returns:
@@ -86,7 +89,8 @@ def centripetal_sgd(
     widths = [_widths(clusters(trace(now, images[:2]), share, how="even")) for share in steps]
     for share, width in zip(steps, widths, strict=True):
         groups = clusters(trace(now, images[:2]), width, how=how, seed=seed)
-        squeezed = csgd(now, train, val, groups, seed=seed, **settings)
+        here = None if folder is None else Path(folder) / f"to-{share:g}"
+        squeezed = csgd(now, train, val, groups, seed=seed, folder=here, **settings)
         now = squeezed.trimmed()
         small = cost(squeezed.program, groups.selection())
         done.append(Squeeze(share, squeezed, in_float64(squeezed, images), small.params, small.flops))

@@ -67,8 +67,10 @@ def _squeezed(task: Task, dense: nn.Module, sets: Sets, recipe: Mapping[str, Any
     method = f"C-SGD, {how}"
     small, (step,) = centripetal_sgd(dense, train, val, shares=SHARE, how=how, folder=folder(task, method), **recipe)
     yield measured(step.squeezed.program.model, test, point=POINT, method=method, stage="trained")
+    # All trimmed networks have the same shapes: one is timed.
+    against = dense if task.seed == 0 and how == "kmeans" else None
     yield measured(
-        small, test, point=POINT, method=method, stage="cut", dense=dense, note=_lossless(step.squeezed, test)
+        small, test, point=POINT, method=method, stage="cut", dense=against, note=_lossless(step.squeezed, test)
     )
 
 
