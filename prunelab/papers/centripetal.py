@@ -57,7 +57,6 @@ def centripetal_sgd(
     *,
     shares: float | Sequence[float] = 0.625,
     how: str = "kmeans",
-    seed: int = 0,
     folder: Path | str | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, tuple[Squeeze, ...]]:
@@ -70,7 +69,6 @@ def centripetal_sgd(
         shares: of every layer's first channels that are to stay; several ones, falling, are squeezed to one after the
             other, with a training for each.
         how: the clusters are made: one of ``prunelab.train.clusters.WAYS``.
-        seed: of k-means and of the training.
         folder: for checkpoints, each training's in a folder of its own.
         settings: as for :func:`prunelab.csgd`: ``epochs``, ``lr``, ``pull``, ``teacher`` …
 
@@ -88,11 +86,10 @@ def centripetal_sgd(
     # A step's widths are shares of the network that there was at first.
     widths = [_widths(clusters(trace(now, images[:2]), share, how="even")) for share in steps]
     for share, width in zip(steps, widths, strict=True):
-        groups = clusters(trace(now, images[:2]), width, how=how, seed=seed)
         here = None if folder is None else Path(folder) / f"to-{share:g}"
-        squeezed = csgd(now, train, val, groups, seed=seed, folder=here, **settings)
+        squeezed = csgd(now, train, val, width, how=how, folder=here, **settings)
         now = squeezed.trimmed()
-        small = cost(squeezed.program, groups.selection())
+        small = cost(squeezed.program, squeezed.clusters.selection())
         done.append(Squeeze(share, squeezed, in_float64(squeezed, images), small.params, small.flops))
     return now, tuple(done)
 
