@@ -48,6 +48,11 @@ def fashion_mnist(task: Task, held_out: int = 5_000) -> Sets:
     return _embedded() if task.short else _split(*_full(task, "fashion_mnist_full"), held_out)
 
 
+def embedded(task: Task, held_out: int = 1_000) -> Sets:
+    """The embedded Fashion-MNIST: 10,000 training images but for those held out, the held out, and 10,000 to test."""
+    return _embedded() if task.short else _split(*datasets.fashion_mnist(), held_out)
+
+
 def cifar10(
     task: Task,
     held_out: int = 5_000,
