@@ -4,8 +4,8 @@
 images, a plan is chosen by the next 2,000, and accuracy is that on all test images. At every operating point the budget
 is the FLOPs of the plan of one ratio for all layers, exactly. Because residual streams are dear to this network, one
 ratio for the layers inside blocks alone is shown too, at the same FLOPs. Seconds are the processor's, on one thread
-unless told; points after the first take what they have in common with it from ``--cache``. Weights and data are those of
-``tests/bench/live.py``.
+unless told; points after the first take what they have in common with it from ``--cache``. Weights and data are
+those of ``tests/bench/live.py``.
 """
 
 from __future__ import annotations
