@@ -36,9 +36,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_first_start_copies_every_notebook_but_no_results_and_says_where(
-    bundled: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_start_copies_every_notebook_and_says_where(bundled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, notebook = cli.prepare_folder(None, None)
     assert folder == Path.cwd()
     assert notebook == folder / "quickstart.ipynb"
