@@ -71,7 +71,8 @@ def variant(alpha: float = 0.5, *, information: str = "entropy", correlated: boo
         correlated: False takes R = 1, importance carried back along the weights alone.
 
     Returns:
-        the criterion's name, which says the choice: ``result_oriented(alpha=0, rank, R=1)``.
+        the criterion's name, which says the choice: ``result_oriented(alpha=0, rank, R=1)``; with no choice made, it
+        is ``result_oriented`` itself.
 
     Raises:
         PruneLabError: alpha outside 0 to 1, or an unknown measure of information.
@@ -80,6 +81,8 @@ def variant(alpha: float = 0.5, *, information: str = "entropy", correlated: boo
         raise PruneLabError(f"alpha is a share from 0 to 1, not {alpha}.")
     if information not in INFORMATION:
         raise unknown("measure of information", information, INFORMATION)
+    if (alpha, information, correlated) == (0.5, "entropy", True):
+        return "result_oriented"
     need, measure = INFORMATION[information]
     name = f"result_oriented(alpha={alpha:g}, {information}{'' if correlated else ', R=1'})"
 

@@ -2,22 +2,22 @@
 
 Wu, Zhang, Zhao and Wang, 'Result-oriented, data-driven pruning', ICNLP 2023, doi 10.1109/ICNLP58431.2023.00043.
 
-**This is a reconstruction.** The abstract says that the method brings in how a network propagates, the correlation between
-layers and the information of feature maps, and that it decides by itself. No formula and no number of it is public, to
-our knowledge. All of these are our reading:
+**This is a reconstruction.** The abstract says that the method brings in how a network propagates, the correlation
+between layers and the information of feature maps, and that it decides by itself. No formula and no number of it is
+public, to our knowledge. All of these are our reading:
 
 1. Information I of a channel: the entropy of its mean response over images.
 2. Importance s at the last hidden layer: Σ_k |W_kj| · E|a_j|, what the channel gives to the outputs.
 3. Correlation R_ij of a channel with one of the next layer: |corr(a_i, a_j)| of their mean responses.
 4. Propagation: s_i = Σ_j ‖W_ji‖₁ · R_ij · s_j, branches added up.
-5. Score: rank(s)^α · rank(I)^(1−α), by which the channels of *one* layer are ordered. (Ranks know no scale: how much each
-   layer loses is not decided by scores.)
-6. Decision: layers are cut step after step, always the one whose cut costs least per size removed, until the result that
-   is asked for, 'half of the FLOPs' or 'at most half a point', is reached: :func:`prunelab.best_plan`.
+5. Score: rank(s)^α · rank(I)^(1−α), by which the channels of *one* layer are ordered. (Ranks know no scale: how much
+   each layer loses is not decided by scores.)
+6. Decision: layers are cut step after step, always the one whose cut costs least per size removed, until the result
+   that is asked for, 'half of the FLOPs' or 'at most half a point', is reached: :func:`prunelab.best_plan`.
 
-Steps 1 to 5 are the criterion ``"result_oriented"``, for every plan, slider and comparison. Step 6 is the button 'best
-plan' of the explorer, or ``lab.best_plan(criterion="result_oriented", flops=0.5)``: it fills in the sliders, and the hand
-can go on from there.
+Steps 1 to 5 are the criterion ``"result_oriented"``, for every plan, slider and comparison. Step 6 is the button
+'best plan' of the explorer, or ``lab.best_plan(criterion="result_oriented", flops=0.5)``: it fills in the sliders,
+and the hand can go on from there.
 """
 
 from __future__ import annotations

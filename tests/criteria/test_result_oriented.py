@@ -165,12 +165,9 @@ def test_variants_are_criteria_of_their_own(information: str, correlated: bool) 
     assert set(plan.resolve(profile.program, profile).kept) == {layer.name for layer in free}
 
 
-def test_variant_at_one_half_is_the_default() -> None:
-    profile = profiled(zoo.LeNet((4, 6, 10)).double(), normal(20, 1, 28, 28))
-    for layer in profile.program.layers:
-        if not layer.pinned:
-            default = scores(profile.program, profile, "result_oriented", layer)
-            assert np.array_equal(default, scores(profile.program, profile, variant(0.5), layer))
+def test_variant_that_chooses_nothing_is_the_default() -> None:
+    assert variant() == variant(0.5, information="entropy", correlated=True) == "result_oriented"
+    assert variant(0) == "result_oriented(alpha=0, entropy)"
 
 
 def test_variants_that_cannot_be_are_refused() -> None:
