@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prunelab.search.space import Choice
 
+Measure = Callable[[Choice], float]
 
-def path(
-    start: Choice, last: Choice, loss: Callable[[Choice], float], size: Callable[[Choice], float], stride: int
-) -> Iterator[Choice]:
+_MOST = 60
+"""Exchanges at most."""
+_TRIED = 12
+"""Exchanges that are tried in vain before all layers are measured again."""
+_REACH = 3
+"""Rungs of the largest exchanges."""
+_LOOKED_AT = 8
+"""Layers that are looked at on either side of an exchange."""
+_TINY = 1e-12
+
+
+def path(start: Choice, last: Choice, loss: Measure, size: Measure, stride: int) -> Iterator[Choice]:
     """Choice after choice, in each one layer cut further: the one with the least added loss per size removed.
 
     A layer's price is measured on top of all that is cut already. It is measured again only when by what it was before
@@ -38,7 +50,7 @@ def path(
             yield now
 
 
-def _further(now: Choice, last: Choice, k: int, stride: int, size: Callable[[Choice], float]) -> Choice | None:
+def _further(now: Choice, last: Choice, k: int, stride: int, size: Measure) -> Choice | None:
     """The choice with one layer cut so many rungs further, more where that makes nothing smaller; None at its end."""
     for rung in range(min(now[k] + stride, last[k]), last[k] + 1):
         there = moved(now, k, rung)
@@ -53,55 +65,82 @@ def moved(choice: Choice, k: int, rung: int) -> Choice:
 
 
 def exchanged(
-    now: Choice,
-    last: Choice,
-    loss: Callable[[Choice], float],
-    fits: Callable[[Choice], bool],
-    size: Callable[[Choice], float],
-    most: int,
+    now: Choice, last: Choice, loss: Measure, fits: Callable[[Choice], bool], size: Measure
 ) -> Iterator[Choice]:
-    """Better and better choices that fit: a layer gets channels back, and others pay for it.
+    """Better and better choices that fit: one layer gets channels back, and another pays for it.
+
+    What a rung is worth is measured in every layer, then exchanges are tried in the order of what they promise. After
+    one that keeps its promise only the two layers in it are measured again; all are, before larger ones are tried.
 
     Args:
         size: of the network.
-        most: exchanges at most.
     """
-    for _ in range(most):
-        better = min(_exchanges(now, last, loss, fits, size), key=loss, default=now)
-        if loss(better) >= loss(now):
+    layers = range(len(now))
+    rungs, fresh = 1, True
+    known = _worths(now, last, layers, rungs, loss, size)
+    for _ in range(_MOST):
+        tried = _promising(now, last, known, rungs, fits, size)
+        found = next((there for there in tried if loss(there) < loss(now)), None)
+        if found is not None:
+            changed = [k for k in layers if found[k] != now[k]]
+            now, fresh = found, False
+            yield now
+        elif fresh and rungs == _REACH:
             return
-        now = better
-        yield now
+        else:
+            rungs += fresh
+            changed, fresh = list(layers), True
+        known = {**known, **_worths(now, last, changed, rungs, loss, size)}
 
 
-def _exchanges(
+@dataclass(frozen=True)
+class _Worth:
+    """What a move of one layer is worth: change of loss per size when rungs are given back, and when they are taken.
+
+    Infinite where there is none.
+    """
+
+    given: float
+    taken: float
+
+
+def _worths(
+    now: Choice, last: Choice, layers: Iterable[int], rungs: int, loss: Measure, size: Measure
+) -> dict[int, _Worth]:
+    def worth(k: int, rung: int) -> float:
+        if not 0 <= rung <= last[k]:
+            return math.inf
+        there = moved(now, k, rung)
+        return (loss(there) - loss(now)) / max(abs(size(there) - size(now)), _TINY)
+
+    return {k: _Worth(worth(k, now[k] - rungs), worth(k, now[k] + rungs)) for k in layers}
+
+
+def _promising(
     now: Choice,
     last: Choice,
-    loss: Callable[[Choice], float],
+    known: Mapping[int, _Worth],
+    rungs: int,
     fits: Callable[[Choice], bool],
-    size: Callable[[Choice], float],
-) -> Iterator[Choice]:
-    """The most promising ones: what gains most per size given back, paid where it costs least."""
-    layers = range(len(now))
-    given = [moved(now, k, now[k] - 1) for k in layers if now[k] > 0]
-    taken = [moved(now, k, now[k] + 1) for k in layers if now[k] < last[k]]
-    given.sort(key=lambda choice: (loss(choice) - loss(now)) / max(size(choice) - size(now), 1e-12))
-    taken.sort(key=lambda choice: (loss(choice) - loss(now)) / max(size(now) - size(choice), 1e-12))
-    payers = [next(k for k in layers if choice[k] != now[k]) for choice in taken[:_TRIED]]
-    for choice in given[:_TRIED]:
-        if fits(choice):
-            yield choice
+    size: Measure,
+) -> list[Choice]:
+    """The exchanges that promise most, best first."""
+    promised: list[tuple[float, Choice]] = []
+    givers = sorted((k for k in known if now[k] >= rungs), key=lambda k: known[k].given)[:_LOOKED_AT]
+    payers = sorted((k for k in known if now[k] + rungs <= last[k]), key=lambda k: known[k].taken)[:_LOOKED_AT]
+    for giver in givers:
+        there = moved(now, giver, now[giver] - rungs)
+        gain = known[giver].given * (size(there) - size(now))
+        if fits(there):
+            promised.append((gain, there))
         for payer in payers:
-            if choice[payer] >= now[payer]:
-                paid = _paid(choice, last, payer, fits)
-                if paid is not None:
-                    yield paid
-
-
-_TRIED = 4
+            paid = None if payer == giver else _paid(there, last, payer, fits)
+            if paid is not None:
+                promised.append((gain + known[payer].taken * (size(there) - size(paid)), paid))
+    return [choice for promise, choice in sorted(promised) if promise < 0][:_TRIED]
 
 
 def _paid(choice: Choice, last: Choice, payer: int, fits: Callable[[Choice], bool]) -> Choice | None:
     """The choice with one layer cut just as far that it fits; None where that is not to be had."""
-    rungs: Sequence[int] = range(choice[payer] + 1, last[payer] + 1)
+    rungs = range(choice[payer] + 1, last[payer] + 1)
     return next((there for rung in rungs if fits(there := moved(choice, payer, rung))), None)
