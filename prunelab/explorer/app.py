@@ -30,6 +30,7 @@ from prunelab.explorer.desk import (
 )
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.scan_view import ScanView
+from prunelab.explorer.summary import summary
 from prunelab.explorer.tools import Tools
 from prunelab.explorer.train_view import TrainView
 from prunelab.explorer.worker import Worker
@@ -466,21 +467,7 @@ class Explorer(w.VBox):
 
     def summary(self) -> str:
         """The plan in plain HTML, for a saved notebook that no kernel runs behind."""
-        head, figures, layers = header_of(self.lab), figures_of(self.lab), layers_of(self.lab)
-        rows = "".join(
-            f"<tr><td>{html.escape(layer.name)}</td><td>{layers[layer.name]['kept']}/{layer.channels}</td>"
-            f"<td>{html.escape(layer.pinned)}</td></tr>"
-            for layer in self.lab.program.layers
-        ) + "".join(
-            f"<tr><td>{html.escape(unit)}</td><td>removed</td><td></td></tr>" for unit in self.lab.plan.bypassed
-        )
-        last = self.lab.points[-1] if self.lab.points else None
-        accuracy = f", accuracy {last.accuracy:.2%} on {last.n:,} images" if last else ""
-        return (
-            f"<p><b>{html.escape(head['title'])}</b>, {html.escape(head['note'])}: {figures['params0']:,} → "
-            f"{figures['params']:,} parameters, {figures['flops0']:,} → {figures['flops']:,} FLOPs{accuracy}</p>"
-            f"<table><tr><th>layer</th><th>kept</th><th>pinned because</th></tr>{rows}</table>"
-        )
+        return summary(self.lab)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         bundle = super()._repr_mimebundle_(**kwargs)

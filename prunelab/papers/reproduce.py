@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SHORT = "A run of seconds for checking the code, on a few embedded images: its figures mean nothing."
 """What a short run says of itself."""
 
-EXPERIMENTS = ("resnet56_cifar",)
+EXPERIMENTS = ("lenet_mnist", "mean_activation", "trimming_rule", "resnet56_cifar")
 """Modules of :mod:`prunelab.papers.experiments`; each lists its ``REPRODUCTIONS``."""
 
 
