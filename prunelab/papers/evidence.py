@@ -46,7 +46,7 @@ class Measure:
         n: test images.
         params: parameters; ``nonzero`` without single weights that are zero; ``macs`` per image.
         latency: how many times as fast as the dense network, measured; None where it was not.
-        seconds: wall time since the measure before.
+        seconds: since the measure before; processor time where a CPU computes, wall time where a GPU does.
         note: what a reader must know.
     """
 
@@ -78,7 +78,7 @@ class Run:
         versions: of Python and the packages that decide results, by name.
         hardware: in words.
         shortened: what was made shorter than the reproduction asks, in a sentence; empty where nothing was.
-        seconds: wall time of the whole run.
+        seconds: of the whole run, as in :class:`Measure`.
         complete: whether it ran to its end.
     """
 
