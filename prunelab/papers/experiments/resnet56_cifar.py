@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,17 +16,18 @@ from prunelab.criteria.result_oriented import variant
 from prunelab.datasets import ImageSet
 from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments.five_methods_figure import draw
-from prunelab.papers.experiments.sources import IMAGENET_MEAN, IMAGENET_STD, cifar10, resnet56
+from prunelab.papers.experiments.sources import IMAGENET_MEAN, IMAGENET_STD, cifar10, folder, resnet56
 from prunelab.papers.reproduce import Reproduction, Task
 from prunelab.plan import Plan, Setting
 from prunelab.profile.capture import Profile, profile
 from prunelab.program.program import Program, cost, trace
+from prunelab.progress import Stopped
 from prunelab.repair import SAMPLE
-from prunelab.search import best_plan
+from prunelab.search import Step, best_plan
 from prunelab.train.augment import Augment
 from prunelab.train.finetune import finetune
 
-POINTS = (1.5, 2.0, 3.0, 4.0, 6.0)
+POINTS = (1.5, 2.0, 2.85, 4.0, 6.0)
 """Theoretical speedups."""
 
 UNIFORM: Mapping[str, str] = MappingProxyType(
@@ -34,7 +36,13 @@ UNIFORM: Mapping[str, str] = MappingProxyType(
 """Methods that take the same ratio of every layer, and their criteria."""
 
 PROPOSED = "result-oriented"
+AUTOMATIC = "L1, automatic"
+TRAINED = (PROPOSED, *UNIFORM, AUTOMATIC)
+"""Methods whose networks are fine-tuned; the other ablations are measured as cut and repaired."""
+
 REPAIR = "least-squares"
+Plans = Mapping[tuple[float, str], Plan]
+"""Plans by point and stage."""
 
 
 def ablations() -> Mapping[str, str]:
@@ -43,7 +51,7 @@ def ablations() -> Mapping[str, str]:
         "α = 0": variant(0.0),
         "α = 1": variant(1.0),
         "R = 1": variant(correlated=False),
-        "L1, automatic": "l1",
+        AUTOMATIC: "l1",
     }
 
 
@@ -53,19 +61,16 @@ class Effort:
 
     Attributes:
         profiled, trained, searched: training images of the profile and the fine-tuning, validation images of the
-            decision; ``steps`` those of every step of it.
-        ablated: points at which ablations are measured.
+            decision.
     """
 
     points: tuple[float, ...] = POINTS
-    ablated: tuple[float, ...] = (2.0, 4.0)
     profiled: int = 10_000
     trained: int = 3_000
-    searched: int = 1_000
-    steps: int = 256
+    searched: int = 128
 
 
-SHORT = Effort(points=(2.0,), ablated=(2.0,), profiled=64, trained=64, searched=32, steps=16)
+SHORT = Effort(points=(2.0,), profiled=64, trained=64, searched=16)
 
 
 @dataclass(frozen=True)
@@ -86,23 +91,28 @@ class Subject:
 
 
 def run(task: Task) -> Iterator[Measure]:
-    """Measure as cut and repaired at every point, then as fine-tuned."""
+    """Measure as cut and repaired, method by method, then as fine-tuned."""
     found = subject(task)
+    evens = {speedup: uniform(found, speedup) for speedup in found.effort.points}
     yield measured(found.program.model, found.test, point="dense", method="dense", stage="dense")
     repaired: dict[tuple[float, str], nn.Module] = {}
-    for speedup in found.effort.points:
-        for method, plan in plans(found, speedup, task):
-            for stage, each in plan.items():
-                small = committed(found, each, stage)
-                # What does not depend on the seed is measured by the first one alone.
-                if task.seed == 0 or method == "random":
-                    yield measured(small, found.test, point=f"{speedup:g}×", method=method, stage=stage)
-            if method not in ablations() or method == "L1, automatic":
+    for method, criterion in {PROPOSED: "result_oriented", **UNIFORM, **ablations()}.items():
+        if method in UNIFORM:
+            plans = same_for_both(evens, criterion, task.seed)
+        else:
+            plans = decisions(found, method, criterion, evens, task)
+        for (speedup, stage), plan in plans.items():
+            # What does not depend on the seed is measured by the first one alone.
+            if task.seed > 0 and method != "random" and (stage == "cut" or method not in TRAINED):
+                continue
+            small = committed(found, plan, stage)
+            if task.seed == 0 or method == "random":
+                yield measured(small, found.test, point=f"{speedup:g}×", method=method, stage=stage)
+            if stage == "repaired" and method in TRAINED:
                 repaired[speedup, method] = small
-    for (speedup, method), small in repaired.items():
-        task.say(f"  training {method} at {speedup:g}×")
-        trained(found, small, task)
-        yield measured(small, found.test, point=f"{speedup:g}×", method=method, stage="trained")
+    for speedup, method in sorted(repaired):
+        trained(found, repaired[speedup, method], method, speedup, task)
+        yield measured(repaired[speedup, method], found.test, point=f"{speedup:g}×", method=method, stage="trained")
 
 
 def subject(task: Task) -> Subject:
@@ -120,23 +130,47 @@ def subject(task: Task) -> Subject:
 # Plans ---------------------------------------------
 
 
-def plans(found: Subject, speedup: float, task: Task) -> Iterator[tuple[str, Mapping[str, Plan]]]:
-    """By method, the plans for both stages, all at the MACs that one ratio for all layers leaves nearest to the point.
+def decisions(found: Subject, method: str, criterion: str, evens: Mapping[float, Plan], task: Task) -> Plans:
+    """By point and stage, the plans of the automatic decision, never with more MACs than one ratio for all layers."""
+    chosen: dict[tuple[float, str], Plan] = {}
+    for stage, repair in (("cut", "none"), ("repaired", REPAIR)):
+        task.say(f"  deciding for {method}, {stage}")
+        steps = decided(found, criterion, min(macs(found, plan) for plan in evens.values()), repair)
+        for speedup, even in evens.items():
+            budget = macs(found, even)
+            step = next(step for step in steps if macs(found, step.plan) <= budget)
+            chosen[speedup, stage] = replace(step.plan, repair="none")
+    return chosen
 
-    A plan of one ratio is the same for both. The automatic decision is made once for the network as cut and once for
-    the network as repaired, with the repair in its loop.
+
+def decided(found: Subject, criterion: str, least: int, repair: str) -> tuple[Step, ...]:
+    """The steps of the decision, on validation images, until so many MACs are left.
+
+    One search gives the plans for all points: what it would exchange between layers at its end is left out.
     """
-    even = uniform(found, speedup)
-    for method, criterion in UNIFORM.items():
-        plan = Plan(criterion, even.settings, seed=task.seed)
-        yield method, {"cut": plan, "repaired": plan}
-    others = ablations() if speedup in found.effort.ablated else {}
-    for method, criterion in {PROPOSED: "result_oriented", **others}.items():
-        task.say(f"  deciding for {method} at {speedup:g}×")
-        yield (
-            method,
-            {"cut": decided(found, criterion, even, "none"), "repaired": decided(found, criterion, even, REPAIR)},
+    steps: list[Step] = []
+    with suppress(Stopped):
+        best_plan(
+            found.program,
+            found.profile,
+            found.val.images,
+            found.val.labels,
+            flops=least / cost(found.program).macs,
+            criterion=criterion,
+            repair=repair,
+            repair_images=None if repair == "none" else found.train.images[:SAMPLE],
+            layers=found.layers,
+            n=len(found.val),
+            progress=lambda *_: not steps or steps[-1].flops > 2 * least,
+            on_step=steps.append,
         )
+    return tuple(steps)
+
+
+def same_for_both(evens: Mapping[float, Plan], criterion: str, seed: int) -> Plans:
+    """By point and stage, one ratio for all layers with a criterion's scores."""
+    made = {speedup: replace(plan, criterion=criterion, seed=seed) for speedup, plan in evens.items()}
+    return {(speedup, stage): plan for speedup, plan in made.items() for stage in ("cut", "repaired")}
 
 
 def uniform(found: Subject, speedup: float) -> Plan:
@@ -159,23 +193,6 @@ def macs(found: Subject, plan: Plan) -> int:
     return cost(found.program, plan.resolve(found.program, found.profile)).macs
 
 
-def decided(found: Subject, criterion: str, even: Plan, repair: str) -> Plan:
-    """The automatic decision, on validation images, at no more MACs than another plan."""
-    return best_plan(
-        found.program,
-        found.profile,
-        found.val.images,
-        found.val.labels,
-        flops=macs(found, even) / cost(found.program).macs,
-        criterion=criterion,
-        repair=repair,
-        repair_images=None if repair == "none" else found.train.images[:SAMPLE],
-        layers=found.layers,
-        n=found.effort.steps,
-        progress=False,
-    ).plan
-
-
 # Networks ---------------------------------------------
 
 
@@ -186,7 +203,7 @@ def committed(found: Subject, plan: Plan, stage: str) -> nn.Module:
     return commit(found.program, selection, **sample)
 
 
-def trained(found: Subject, small: nn.Module, task: Task) -> None:
+def trained(found: Subject, small: nn.Module, method: str, speedup: float, task: Task) -> None:
     """A short fine-tuning in place, the unpruned network being the teacher; the same for every method."""
     finetune(
         small,
@@ -197,6 +214,7 @@ def trained(found: Subject, small: nn.Module, task: Task) -> None:
         teacher=found.program.model,
         augment=Augment(flip=True, crop=4),
         norm_images=0,
+        folder=folder(task, f"{method} {speedup:g}"),
         seed=task.seed,
         keep="last",
         progress=False,
