@@ -17,17 +17,17 @@ from prunelab.lessons.exercises import Verdict, exercise
 from prunelab.lessons.question import Question
 
 QUESTION = Question(
-    "Half of the FLOPs may be left. One ratio for all layers, or ratios that the network decides by itself, and by "
-    "which score: what changes the accuracy most?",
+    "Half of the FLOPs may be left, and the network decides how much of each layer goes. Which score leaves the most "
+    "accuracy: information alone (α = 0), importance alone (α = 1), or both alike (α = ½)?",
     {
-        "The score: result-oriented instead of l1": "No: measured below, two sensible scores are much closer to each "
-        "other than two ways to share the cut among the layers.",
-        "The shares: decided layer by layer instead of one ratio": "Yes. Layers differ far more in what they can spare "
-        "than sensible scores differ in what they would remove of one layer.",
-        "Neither: with half of the FLOPs gone all plans are alike": "No: between the best and the worst of these plans "
-        "lie many points, and all of them cost the same.",
+        "Information alone: what tells much must stay": "No: it comes last. A channel may tell much that no later layer "
+        "listens to, and a quiet one may carry what the output hangs on.",
+        "Importance alone: what the response depends on must stay": "Yes, on this network, and clearly. Propagated "
+        "importance knows the weights that read a channel; entropy knows nothing of what comes after.",
+        "Both alike: two opinions are better than one": "No, not on this network: half a poor opinion makes a good one "
+        "worse. Other networks may say otherwise, which is why α is a setting and is measured.",
     },
-    right="The shares: decided layer by layer instead of one ratio",
+    right="Importance alone: what the response depends on must stay",
 )
 """What the notebook then measures on the small VGG."""
 
