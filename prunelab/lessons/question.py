@@ -78,7 +78,9 @@ class Question:
             said.value = "Choose one first." if chosen is None else self.answer(chosen)._repr_html_()
 
         see.on_click(judge)
-        return w.VBox([w.HTML(f'<div style="{_WIDE}"><b>{prose(self.text)}</b></div>'), radio, see, said])
+        return w.VBox(
+            [w.HTML(f'<div style="{_WIDE}; line-height: 1.4"><b>{prose(self.text)}</b></div>'), radio, see, said]
+        )
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         shown = self.widget()._repr_mimebundle_()

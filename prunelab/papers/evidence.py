@@ -78,7 +78,7 @@ class Run:
         versions: of Python and the packages that decide results, by name.
         hardware: in words.
         shortened: what was made shorter than the reproduction asks, in a sentence; empty where nothing was.
-        seconds: of the whole run, as in :class:`Measure`.
+        seconds: of the whole run, as in :class:`Measure`; without what was computed between a measure and a break.
         complete: whether it ran to its end.
     """
 

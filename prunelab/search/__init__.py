@@ -44,7 +44,7 @@ def best_plan(
     layers: Sequence[str] | None = None,
     limits: Mapping[str, float] = MappingProxyType({}),
     masks: Mapping[str, Tensor] = MappingProxyType({}),
-    n: int = 256,
+    n: int = 500,
     n_found: int | None = None,
     precision: Precision = "auto",
     progress: Progress | bool = True,
@@ -71,7 +71,7 @@ def best_plan(
         criterion: what says which channels of a layer go first, as in :class:`prunelab.Plan`; ``seed`` and
             ``combine`` as there.
         repair: one of :data:`prunelab.plan.REPAIRS`, done for every measurement from ``repair_images``; steps of the
-            search use its quick form where it has one.
+            search take a quicker one in the place of least squares.
         start: a plan whose locked settings, bypassed units and multiple stay as they are.
         layers: names of those that may be cut; all that are neither pinned nor locked unless given.
         limits: the largest ratio of a layer, by name.

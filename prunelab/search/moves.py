@@ -12,10 +12,8 @@ Measure = Callable[[Choice], float]
 
 _MOST = 60
 """Exchanges at most."""
-_TRIED = 12
+_TRIED = 16
 """Exchanges that are tried in vain before all layers are measured again."""
-_REACH = 3
-"""Rungs of the largest exchanges."""
 _LOOKED_AT = 8
 """Layers that are looked at on either side of an exchange."""
 _TINY = 1e-12
@@ -70,32 +68,30 @@ def exchanged(
     """Better and better choices that fit: one layer gets channels back, and another pays for it.
 
     What a rung is worth is measured in every layer, then exchanges are tried in the order of what they promise. After
-    one that keeps its promise only the two layers in it are measured again; all are, before larger ones are tried.
+    one that keeps its promise only the two layers in it are measured again; all are, before the search gives up.
 
     Args:
         size: of the network.
     """
     layers = range(len(now))
-    rungs, fresh = 1, True
-    known = _worths(now, last, layers, rungs, loss, size)
+    known, fresh = _worths(now, last, layers, loss, size), True
     for _ in range(_MOST):
-        tried = _promising(now, last, known, rungs, fits, size)
+        tried = _promising(now, last, known, fits, size)
         found = next((there for there in tried if loss(there) < loss(now)), None)
         if found is not None:
             changed = [k for k in layers if found[k] != now[k]]
             now, fresh = found, False
             yield now
-        elif fresh and rungs == _REACH:
+        elif fresh:
             return
         else:
-            rungs += fresh
             changed, fresh = list(layers), True
-        known = {**known, **_worths(now, last, changed, rungs, loss, size)}
+        known = {**known, **_worths(now, last, changed, loss, size)}
 
 
 @dataclass(frozen=True)
 class _Worth:
-    """What a move of one layer is worth: change of loss per size when rungs are given back, and when they are taken.
+    """What a rung of one layer is worth: change of loss per size when it is given back, and when it is taken.
 
     Infinite where there is none.
     """
@@ -104,32 +100,29 @@ class _Worth:
     taken: float
 
 
-def _worths(
-    now: Choice, last: Choice, layers: Iterable[int], rungs: int, loss: Measure, size: Measure
-) -> dict[int, _Worth]:
+def _worths(now: Choice, last: Choice, layers: Iterable[int], loss: Measure, size: Measure) -> dict[int, _Worth]:
     def worth(k: int, rung: int) -> float:
         if not 0 <= rung <= last[k]:
             return math.inf
         there = moved(now, k, rung)
         return (loss(there) - loss(now)) / max(abs(size(there) - size(now)), _TINY)
 
-    return {k: _Worth(worth(k, now[k] - rungs), worth(k, now[k] + rungs)) for k in layers}
+    return {k: _Worth(worth(k, now[k] - 1), worth(k, now[k] + 1)) for k in layers}
 
 
 def _promising(
     now: Choice,
     last: Choice,
     known: Mapping[int, _Worth],
-    rungs: int,
     fits: Callable[[Choice], bool],
     size: Measure,
 ) -> list[Choice]:
     """The exchanges that promise most, best first."""
     promised: list[tuple[float, Choice]] = []
-    givers = sorted((k for k in known if now[k] >= rungs), key=lambda k: known[k].given)[:_LOOKED_AT]
-    payers = sorted((k for k in known if now[k] + rungs <= last[k]), key=lambda k: known[k].taken)[:_LOOKED_AT]
+    givers = sorted((k for k in known if now[k] > 0), key=lambda k: known[k].given)[:_LOOKED_AT]
+    payers = sorted((k for k in known if now[k] < last[k]), key=lambda k: known[k].taken)[:_LOOKED_AT]
     for giver in givers:
-        there = moved(now, giver, now[giver] - rungs)
+        there = moved(now, giver, now[giver] - 1)
         gain = known[giver].given * (size(there) - size(now))
         if fits(there):
             promised.append((gain, there))
@@ -137,7 +130,7 @@ def _promising(
             paid = None if payer == giver else _paid(there, last, payer, fits)
             if paid is not None:
                 promised.append((gain + known[payer].taken * (size(there) - size(paid)), paid))
-    return [choice for promise, choice in sorted(promised) if promise < 0][:_TRIED]
+    return [choice for _, choice in sorted(promised)[:_TRIED]]
 
 
 def _paid(choice: Choice, last: Choice, payer: int, fits: Callable[[Choice], bool]) -> Choice | None:

@@ -89,7 +89,7 @@ def test_mean_activation_accepts_the_method() -> None:
     [
         (lambda r, p: lowest(-means(r), p), "removes the channels that respond most"),
         (lambda r, p: lowest(r.transpose(0, 1).flatten(1).amax(1), p), "Layer . of 6: .* keeps channel"),
-        (lambda r, p: means(r).argsort()[: round(p * r.shape[1])], "Layer . of 6"),
+        (lambda r, p: means(r).argsort()[: round(p * r.shape[1])], "7 channels at ratio 0.55 .* removes 4 and not 3"),
         (
             with_threshold,
             "of 8 channels at ratio 0.25 your function removes 5 and not 2. Several channels never respond",
