@@ -79,5 +79,5 @@ class BestView:
             return "Stopped: the plan is as it was; press again to go on where the search was."
         self.draw()
         found, one = self._best.found, self._best.uniform
-        beside = f"; with one ratio for all layers {one.accuracy:.1%}" if one is not None else ""
-        return f"Best plan for {wish}: accuracy {found.accuracy:.1%} (n = {found.n:,}, {self._best.precision}){beside}."
+        beside = f"; one ratio for all layers: {one.accuracy:.1%}" if one is not None else ""
+        return f"Best plan for {wish}: {found.accuracy:.1%}{beside} (n = {found.n:,}, {self._best.precision})."

@@ -44,7 +44,7 @@ def best_plan(
     layers: Sequence[str] | None = None,
     limits: Mapping[str, float] = MappingProxyType({}),
     masks: Mapping[str, Tensor] = MappingProxyType({}),
-    n: int = 500,
+    n: int = 256,
     n_found: int | None = None,
     precision: Precision = "auto",
     progress: Progress | bool = True,

@@ -10,9 +10,11 @@ from prunelab.search.space import Choice
 
 Measure = Callable[[Choice], float]
 
-_MOST = 60
+_MOST = 40
 """Exchanges at most."""
-_TRIED = 16
+_WORTH_IT = 0.99
+"""What an exchange must bring the loss down to, of what it was: less is the chance of the images."""
+_TRIED = 12
 """Exchanges that are tried in vain before all layers are measured again."""
 _LOOKED_AT = 8
 """Layers that are looked at on either side of an exchange."""
@@ -77,7 +79,7 @@ def exchanged(
     known, fresh = _worths(now, last, layers, loss, size), True
     for _ in range(_MOST):
         tried = _promising(now, last, known, fits, size)
-        found = next((there for there in tried if loss(there) < loss(now)), None)
+        found = next((there for there in tried if loss(there) < _WORTH_IT * loss(now)), None)
         if found is not None:
             changed = [k for k in layers if found[k] != now[k]]
             now, fresh = found, False

@@ -129,7 +129,7 @@ class Best:
         return pd.DataFrame([{name: getattr(step, name) for name in columns} for step in self.steps], columns=columns)
 
     def figure(self, dark: bool = False) -> Figure:
-        """Accuracy against FLOPs: the steps of the search, plans of one ratio beside them, and the plan found."""
+        """Change of accuracy against FLOPs: the steps, plans of one ratio beside them, and the plan found."""
         from prunelab.search.figure import draw
 
         return draw(self, dark)

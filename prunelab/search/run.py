@@ -158,10 +158,18 @@ class Search:
         """Step after step, until the loss is hopeless."""
         for choice in choices:
             step = self._go_to(choice)
-            # One that has certainly lost more than the wish bears: with a drop alone there is no use in going on.
-            if not self._wish.budgets and step.change + step.half < -float(self._wish.drop or 0):
+            if self._hopeless(step, choice):
                 return
             yield self._share_done(step, choice)
+
+    def _hopeless(self, step: Step, choice: Choice) -> bool:
+        """Whether there is no use in going on: with a drop alone, where a step has lost more than the wish bears.
+
+        The few images and the quick repair of a step only say when it is time to measure as at the end.
+        """
+        if self._wish.budgets or self._wish.drop is None or step.change + step.half >= -self._wish.drop:
+            return False
+        return not self._grants(self._exactly(choice))
 
     def _go_to(self, choice: Choice) -> Step:
         """Take one step."""

@@ -89,7 +89,7 @@ def test_the_explorer_fills_in_the_sliders_and_stops(explorer: Explorer, monkeyp
     monkeypatch.setattr(explorer, "_say", say)
     view.button.click()
     assert explorer._worker.drain(120)
-    assert explorer.desk.status["text"].startswith("Best plan for FLOPs −50 %: accuracy ")
+    assert explorer.desk.status["text"].startswith("Best plan for FLOPs −50 %: ")
     assert explorer.desk.figures["flops"] == lab.cost().flops <= 0.5 * lab.dense_cost().flops
     shown = {name: entry["value"] for name, entry in explorer.desk.layers.items() if entry["rule"] == "ratio"}
     assert shown == {name: setting.ratio for name, setting in lab.plan.settings.items()}
