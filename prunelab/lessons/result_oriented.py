@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ QUESTION = Question(
     "Half of the FLOPs may be left, and the network decides how much of each layer goes. Which score leaves the most "
     "accuracy: information alone (α = 0), importance alone (α = 1), or both alike (α = ½)?",
     {
-        "Information alone: what tells much must stay": "No: it comes last. A channel may tell much that no later layer "
-        "listens to, and a quiet one may carry what the output hangs on.",
+        "Information alone: what tells much must stay": "No: it comes last. A channel may tell much that no later "
+        "layer listens to, and a quiet one may carry what the output hangs on.",
         "Importance alone: what the response depends on must stay": "Yes, on this network, and clearly. Propagated "
         "importance knows the weights that read a channel; entropy knows nothing of what comes after.",
         "Both alike: two opinions are better than one": "No, not on this network: half a poor opinion makes a good one "
@@ -101,17 +101,17 @@ def _cases() -> tuple[_Case, ...]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=chance, dtype=torch.float64)
 
-    def layer(here: int, there: int, *kernel: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def case(hint: str, here: int, there: int, *kernel: int) -> _Case:
         responses = normal(60, here)
-        weight = normal(there, here, *kernel)
         mixed = responses @ normal(here, there) + normal(60, there)
-        return weight, responses, mixed, normal(there).abs()
+        return _Case(normal(there, here, *kernel), responses, mixed, normal(there).abs(), hint)
 
-    linear, plain, positive, silent = layer(6, 4), layer(5, 7, 3, 3), layer(8, 3, 3, 3), layer(4, 6, 3, 3)
-    silent[1][:, 2] = 0.7
+    positive = case("Mind the sign of R.", 8, 3, 3, 3)
+    silent = case("Channel 2 always responds the same: it is correlated with nothing.", 4, 6, 3, 3)
+    silent.here[:, 2] = 0.7
     return (
-        _Case(*(part.abs() if part is positive[0] else part for part in positive), hint="Mind the sign of R."),
-        _Case(*plain, hint="Weights count by their absolute values, summed over the kernel."),
-        _Case(*linear, hint="This layer is linear: its weight has no kernel."),
-        _Case(*silent, hint="Channel 2 always responds the same: it is correlated with nothing."),
+        replace(positive, weight=positive.weight.abs()),
+        case("Weights count by their absolute values, summed over the kernel.", 5, 7, 3, 3),
+        case("This layer is linear: its weight has no kernel.", 6, 4),
+        silent,
     )
