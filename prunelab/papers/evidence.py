@@ -26,7 +26,8 @@ STAGES = ("dense", "cut", "repaired", "trained")
 """When a network was measured: unpruned, just cut, with its weights corrected, or trained after the cut."""
 
 FORMAT = 1
-_AT_ONCE = 500
+# Few enough that the values of a small network stay in a processor's cache.
+_AT_ONCE = 100
 _LATENCY_BATCH = 64
 
 Paper = Mapping[tuple[str, str], Mapping[str, float]]

@@ -5,22 +5,33 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from prunelab.errors import PruneLabError, unknown
 from prunelab.papers.evidence import Measure, Paper, Run, markdown, table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SHORT = "A run of seconds for checking the code, on a few embedded images: its figures mean nothing."
 """What a short run says of itself."""
 
-EXPERIMENTS = ("lenet_mnist", "mean_activation", "trimming_rule", "centripetal_small", "centripetal_resnet56")
+EXPERIMENTS = (
+    "lenet_mnist",
+    "mean_activation",
+    "trimming_rule",
+    "centripetal_small",
+    "centripetal_resnet56",
+    "resnet56_cifar",
+)
 """Modules of :mod:`prunelab.papers.experiments`; each lists its ``REPRODUCTIONS``."""
 
 
@@ -64,6 +75,7 @@ class Reproduction:
         gpu: whether it wants one.
         shortened: what is shorter than in the paper, in a sentence.
         remarks: what a reader of the table must know, in Markdown.
+        figure: draws the runs; saved as a PNG beside the table.
     """
 
     name: str
@@ -75,6 +87,7 @@ class Reproduction:
     gpu: bool = False
     shortened: str = ""
     remarks: str = ""
+    figure: Callable[[Sequence[Run]], Figure] | None = None
 
 
 def reproductions() -> Mapping[str, Reproduction]:
@@ -146,6 +159,8 @@ def reproduce(
             runs.append(_run(chosen, task, before or wanted, path))
         written = folder.with_suffix(".md")
         written.write_text(report(chosen, runs), encoding="utf-8")
+        if chosen.figure is not None:
+            chosen.figure(runs).savefig(folder.with_suffix(".png"))
     say(f"The table is in {written}.")
     return written
 
@@ -214,6 +229,7 @@ def report(chosen: Reproduction, runs: list[Run]) -> str:
         f"    {last.command}",
         markdown(table(runs), chosen.paper, chosen.method),
         CAPTION.format(n=first.n),
+        *([f"![{chosen.summary}]({chosen.name}.png)"] if chosen.figure is not None else []),
         *([chosen.remarks] if chosen.remarks else []),
         *(["\n".join(notes)] if notes else []),
         f"Run on: {' | '.join(sorted(kinds))}. {time_of} by seed: {took}.",
