@@ -38,7 +38,7 @@ from prunelab.train.iterative import iterative as iterative
 from prunelab.train.recipe import Recipe as Recipe
 
 if TYPE_CHECKING:
-    from prunelab import datasets as datasets, zoo as zoo
+    from prunelab import datasets as datasets, lessons as lessons, zoo as zoo
     from prunelab.explorer.app import explore as explore
     from prunelab.explorer.lab import Lab as Lab
     from prunelab.optimizers import carry as carry
@@ -58,6 +58,7 @@ _LATER = {
     "explore": "prunelab.explorer.app",
     "zoo": "prunelab",
     "datasets": "prunelab",
+    "lessons": "prunelab",
     "carry": "prunelab.optimizers",
     "csgd": "prunelab.train.csgd",
     "squeeze_to": "prunelab.train.csgd",
@@ -97,6 +98,7 @@ __all__ = [
         "finetune",
         "latency",
         "iterative",
+        "lessons",
         "load",
         "load_optimizer",
         "profile",
@@ -107,7 +109,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("zoo", "datasets"):
+    if name in ("zoo", "datasets", "lessons"):
         return import_module(f"prunelab.{name}")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)

@@ -1,0 +1,152 @@
+"""Checkers: each accepts what is right, refuses what is nearly right with the reason, and answers anything kindly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prunelab as pl
+from prunelab import lessons
+
+# Anything ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(lessons.exercises()))
+@pytest.mark.parametrize("answer", ["half", [1, 2], object(), float("nan"), int, True, {}, torch.zeros(3)])
+def test_an_answer_of_the_wrong_kind_gets_a_sentence_and_the_task_again(name: str, answer: Any) -> None:
+    verdict = lessons.check(name, answer)
+    assert not verdict
+    assert verdict.text.startswith("The answer must be ")
+    assert verdict.text.endswith(lessons.exercises()[name])
+
+
+@pytest.mark.parametrize("name", sorted(lessons.exercises()))
+def test_no_answer_is_told_what_is_asked(name: str) -> None:
+    assert lessons.check(name) == lessons.Verdict(False, f"No answer yet. {lessons.exercises()[name]}")
+
+
+def test_an_unknown_exercise_is_named_with_its_neighbours() -> None:
+    with pytest.raises(pl.PruneLabError, match="no exercise 'mean'; the nearest names are 'mean-activation'"):
+        lessons.check("mean", 1)
+
+
+def test_an_exercise_of_ones_own_works_like_the_others() -> None:
+    @lessons.exercise("tests-own", "Give two.")
+    def own(answer: Any) -> lessons.Verdict:
+        return lessons.Verdict(answer == 2, "Twice one.")
+
+    assert lessons.check("tests-own", 2)
+    assert not lessons.check("tests-own", 3)
+
+
+def test_a_verdict_shows_itself_in_text_and_in_html() -> None:
+    right, wrong = lessons.Verdict(True, "`a` < b"), lessons.Verdict(False, "No.")
+    assert (repr(right), str(wrong)) == ("✓ `a` < b", "✗ No.")
+    assert "<b>✓</b> <code>a</code> &lt; b" in right._repr_html_()
+    assert "<b>✗</b> No." in wrong._repr_html_()
+
+
+# Mean activation ---------------------------------------------
+
+
+def means(responses: Tensor) -> Tensor:
+    return responses.transpose(0, 1).flatten(1).mean(1)
+
+
+def lowest(score: Tensor, ratio: float) -> list[int]:
+    count = min(int(ratio * len(score)), len(score) - 1)
+    return score.argsort(stable=True)[:count].tolist()
+
+
+def with_threshold(responses: Tensor, ratio: float) -> list[int]:
+    score = means(responses)
+    return (score <= score.sort().values[max(int(ratio * len(score)) - 1, 0)]).nonzero().flatten().tolist()
+
+
+def in_place(responses: Tensor, ratio: float) -> list[int]:
+    found = lowest(means(responses), ratio)
+    responses.zero_()
+    return found
+
+
+def test_mean_activation_accepts_the_method() -> None:
+    for function in (
+        lambda r, p: lowest(means(r), p),
+        lambda r, p: torch.tensor(lowest(means(r), p)),
+        # Among equal channels any may go.
+        lambda r, p: [r.shape[1] - 1 - c for c in lowest(means(r).flip(0), p)],
+    ):
+        assert lessons.check("mean-activation", function).right
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda r, p: lowest(-means(r), p), "removes the channels that respond most"),
+        (lambda r, p: lowest(r.transpose(0, 1).flatten(1).amax(1), p), "Layer . of 6: .* keeps channel"),
+        (lambda r, p: means(r).argsort()[: round(p * r.shape[1])], "Layer . of 6"),
+        (
+            with_threshold,
+            "of 8 channels at ratio 0.25 your function removes 5 and not 2. Several channels never respond",
+        ),
+        (lambda r, p: lowest(means((r > 0).double()), p), "keeps channel"),
+        (lambda r, p: lowest(means(r) / means((r > 0).float()).clamp(min=1e-9), p), "Layer . of 6: .* keeps channel"),
+        (lambda r, p: lowest(r.mean((0, 2, 3)), p), "Your function stopped with IndexError.*shape \\(60, 12\\)"),
+        (lambda r, p: means(r).argsort()[: int(p * r.shape[1])], "at ratio 1 your function removes 5 and not 4"),
+        (in_place, "changes the responses that it is given"),
+        (lambda r, p: means(r), "gave float32 of shape \\(10,\\), not the numbers of channels"),
+        (lambda r, p: means(r) < 0.3, "gave bool"),
+        (lambda r, p: None, "gave a NoneType"),
+        (lambda r, p: [99], "channels count from 0 to 9"),
+        (lambda r: [], "Your function stopped with TypeError"),
+    ],
+)
+def test_mean_activation_refuses_what_is_not_it(function: Callable[..., Any], reason: str) -> None:
+    verdict = lessons.check("mean-activation", function)
+    assert not verdict
+    assert re.search(reason, verdict.text), verdict.text
+
+
+# Network Trimming ---------------------------------------------
+
+TRIMMED = pl.Plan("apoz").set("conv1", std=1.0).set("conv2", std=1.0).set("fc1", std=0.5)
+
+
+def test_network_trimming_accepts_thresholds_that_do_both() -> None:
+    verdict = lessons.check("network-trimming", TRIMMED)
+    assert verdict.right, verdict
+    assert verdict.text.startswith("1.85 times smaller, -3.")
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (pl.Plan("apoz"), "1.00 times smaller, +0.0 points .* not small enough"),
+        (pl.Plan("apoz").set("conv1", std=1.0).set("conv2", std=1.0).set("fc1", std=1.0), "not small enough"),
+        (pl.Plan("apoz").set("fc1", std=0.0), "costs too much"),
+        (pl.Plan("l1").set("fc1", std=0.5), "scores by l1"),
+        (pl.Plan("apoz").set("fc1", ratio=0.5), "std= alone"),
+        (TRIMMED.set("fc1", grain="weight"), "channels, and std= alone"),
+        (pl.Plan("apoz", repair="bias").set("fc1", std=0.5), "set no repair"),
+        (TRIMMED.set("fc7", std=0.5), "There is no layer 'fc7'"),
+        (TRIMMED.set("fc2", std=0.5), "'fc2' cannot be pruned"),
+    ],
+)
+def test_network_trimming_refuses_what_is_not_it(plan: pl.Plan, reason: str) -> None:
+    verdict = lessons.check("network-trimming", plan)
+    assert not verdict
+    assert re.search(reason.replace("+", "\\+"), verdict.text), verdict.text
+
+
+def test_network_trimming_takes_a_lab_as_it_stands() -> None:
+    train, val, _ = lessons.fashion_mnist()
+    lab = pl.Lab(pl.zoo.load("lenet"), train, val, criterion="apoz")
+    lab.run_profile(progress=False)
+    assert "not small enough" in lessons.check("network-trimming", lab).text
+    lab.use(TRIMMED)
+    assert lessons.check("network-trimming", lab).right
