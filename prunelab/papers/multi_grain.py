@@ -10,8 +10,8 @@ far higher compression than one of them gives. Criteria and schedule are not giv
 
 Blocks and layers, replaced by the identity, are scored by the loss that bypassing them adds on a calibration set once
 the weights behind them are repaired. Channels are scored by any criterion, counted in standard deviations from their
-layer's mean, all layers together; coupled ones go together, and the surviving weights are repaired. Weights go by
-magnitude, all layers together; what is zero stays zero in all training.
+layer's mean, all layers together; coupled ones go together. Weights go by magnitude, all layers together; what is zero
+stays zero in all training. After every cut the surviving weights are repaired before they are trained.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def multi_grain(
         stops: by grain, rising compressions (dense parameters / non-zero parameters). The grain pauses at each of them
             for its fine-tuning, and ends with the last; without them it goes on until its budget is spent.
         criterion: scores channels, one of :func:`prunelab.criteria_names`.
-        repair: of the surviving weights after a block, layer or channels went, one of :data:`prunelab.plan.REPAIRS`.
+        repair: of the surviving weights after every cut, one of :data:`prunelab.plan.REPAIRS`.
         channels: share of all channels that one cut takes; ``weights``: share of the weights that are not zero yet.
         calibration: training images on which bypasses are scored.
         recovery: the training after each cut, one epoch unless told; ``finetuning``: that at the end of a grain, five
@@ -158,9 +158,7 @@ def _grain(
 def _tried(
     method: _Method, now: _Network, what: str, selection: Selection, floor: float, place: str
 ) -> tuple[_Network, Cut]:
-    repair = "none" if selection.masks else method.repair
-    images = None if repair == "none" else sample_of(method.train)
-    model = commit(now.program, selection, repair=repair, images=images)
+    model = commit(now.program, selection, repair=method.repair, images=sample_of(method.train))
     example = labelled(method.val, 2)[0]
     tried = _Network(model, trace(model, example), sliced_masks(now.program, selection))
     before = accuracy(model, *labelled(method.val))

@@ -44,6 +44,7 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
     train, val, test = sets
     yield measured(dense, test, point="dense", method="unpruned", stage="dense")
     points = {grain: [f"{stop:g}×" for stop in stops] for grain, stops in setting.stops.items() if grain == "weight"}
+    against = None if task.short else dense
     found: list[Measure] = []
 
     def measure(grain: Grain, model: nn.Module) -> None:
@@ -56,7 +57,7 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
         if grain.kept:
             note = "" if grain.name == "weight" else ", ".join(cut.what for cut in grain.kept)
             method = "multi-grain"
-            found.append(measured(model, test, point=point, method=method, stage="trained", dense=dense, note=note))
+            found.append(measured(model, test, point=point, method=method, stage="trained", dense=against, note=note))
 
     recipe = replace(setting.recipe, seed=task.seed, teacher=dense)
     multi_grain(
@@ -65,7 +66,7 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
         val,
         budgets=dict.fromkeys(setting.budgets, 1.0) if task.short else setting.budgets,
         stops=setting.stops,
-        channels=0.5 if task.short else setting.channels,
+        channels=0.3 if task.short else setting.channels,
         weights=0.8 if task.short else setting.weights,
         recovery=replace(recipe, epochs=1 if task.short else setting.recovery),
         finetuning=replace(recipe, epochs=1 if task.short else setting.finetuning),
@@ -79,14 +80,13 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
 _GREY = Recipe(lr=0.02, weight_decay=1e-4, augment=Augment(flip=True, crop=2))
 _SMALL = _Setting(
     budgets={"block": 0.01, "layer": 0.01, "channel": 0.02, "weight": 0.04},
-    stops={"channel": (4.0,), "weight": (10.0, 20.0, 32.0)},
+    stops={"channel": (3.0,), "weight": (10.0, 20.0, 32.0)},
     channels=0.12,
-    weights=0.35,
+    weights=0.4,
     recovery=1,
-    finetuning=8,
+    finetuning=10,
     recipe=_GREY,
 )
-
 _RESNET = _Setting(
     budgets={"block": 0.02, "layer": 0.03, "channel": 0.04, "weight": 0.06},
     stops={"block": (1.4,), "layer": (1.7,), "channel": (2.5,), "weight": (10.0,)},
