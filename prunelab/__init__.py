@@ -31,6 +31,7 @@ from prunelab.program.program import (
 )
 from prunelab.program.selection import DENSE as DENSE, Selection as Selection
 from prunelab.progress import Stopped as Stopped
+from prunelab.search import Best as Best, best_plan as best_plan
 from prunelab.sensitivity import Sensitivity as Sensitivity, sensitivity as sensitivity
 from prunelab.train.augment import Augment as Augment
 from prunelab.train.finetune import finetune as finetune
@@ -67,6 +68,7 @@ _LATER = {
 
 __all__ = [
     *(
+        "Best",
         "Comparison",
         "DENSE",
         "Augment",
@@ -86,6 +88,7 @@ __all__ = [
     ),
     *(
         "Stopped",
+        "best_plan",
         "carry",
         "commit",
         "compare",

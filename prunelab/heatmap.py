@@ -64,16 +64,17 @@ def _dress(axes: Any, scan: Sensitivity, names: list[str], c: Mapping[str, str])
     axes.spines[:].set_visible(False)
     share = scan.measure == "accuracy"
     what, base = ("accuracy (%)", f"{100 * scan.base:.1f}") if share else (scan.measure, f"{scan.base:.4g}")
+    by = f", by {scan.criterion}" if scan.grain == "channel" else ""
     repaired = "" if scan.repair == "none" else f", repair {scan.repair}"
     axes.set_title(
-        f"{what} with one layer cut, by {scan.criterion}{repaired}\n"
+        f"{what} with one layer cut{by}{repaired}\n"
         f"uncut {base}; n = {scan.n:,}, {scan.precision}; faint: may be chance",
         fontsize=8.5,
         color=c["ink"],
     )
     axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
     axes.grid(which="minor", axis="y", color=c["gone"], linewidth=0.3, alpha=0.5)
-    axes.set_xlabel("channels removed (%)", fontsize=8, color=c["ink"])
+    axes.set_xlabel(f"{scan.grain}s removed (%)", fontsize=8, color=c["ink"])
 
 
 def _short(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from prunelab.criteria.registry import scores
+from prunelab.criteria.registry import Scores, scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
 from prunelab.plan import REPAIRS, Plan, Setting
@@ -48,7 +48,7 @@ class Measured:
             bound it (95 %).
         change: against the network with nothing removed, on the same images; ``half`` is the half width of its 95 %
             interval.
-        params, flops: of the network with this cut.
+        params, flops: of the network with this cut; single weights that are zero still count.
         precision: of the arithmetic.
     """
 
@@ -80,6 +80,7 @@ class Sensitivity:
         precision: of the arithmetic.
         measure: ``accuracy``, or the name of a score of your own.
         combine: how rows with several members got their scores.
+        grain: what a ratio is a share of: channels, or single weights, of which the smallest go.
         points: in the order in which they were measured.
     """
 
@@ -95,6 +96,7 @@ class Sensitivity:
     measure: str = "accuracy"
     points: tuple[Measured, ...] = ()
     combine: str = "mean"
+    grain: str = "channel"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", MappingProxyType(dict(self.channels)))
@@ -171,9 +173,10 @@ class Sensitivity:
 
     def __repr__(self) -> str:
         free = len(self.channels) - len(self.pinned)
+        by = self.criterion if self.grain == "channel" else "single weights"
         return (
             f"Sensitivity of {free} layers ({len(self.pinned)} pinned) at {len(self.ratios)} ratios by "
-            f"{self.criterion}, repair {self.repair}: {len(self.points)} of {free * len(self.ratios)} points, each on "
+            f"{by}, repair {self.repair}: {len(self.points)} of {free * len(self.ratios)} points, each on "
             f"{self.n:,} images in {self.precision}"
         )
 
@@ -187,6 +190,7 @@ def sensitivity(
     criterion: str = "l1",
     seed: int = 0,
     combine: str = "mean",
+    grain: str = "channel",
     ratios: Sequence[float] = RATIOS,
     repair: str = "none",
     repair_images: Tensor | None = None,
@@ -213,6 +217,7 @@ def sensitivity(
         profile: for criteria that need one.
         criterion: which channels go first, as in :class:`prunelab.Plan`; ``seed`` is that of ``random``, and
             ``combine`` that of rows with several members.
+        grain: what to remove of a layer: channels, or single weights of the smallest magnitude, whatever the criterion.
         ratios: share of a layer's channels to remove, 0 to 1; always rounded down, and one channel stays.
         repair: one of :data:`prunelab.plan.REPAIRS`, done anew for every point, from ``repair_images``.
         masks: weights that are zero and that no repair may fill, by parameter name, True where a weight stays.
@@ -229,7 +234,7 @@ def sensitivity(
         PruneLabError: a ratio outside 0 to 1, or what Preview, criterion or repair cannot use.
         Stopped: the progress function returned False.
     """
-    wanted = _ratios(ratios)
+    wanted = _ratios(ratios, grain)
     if repair not in REPAIRS:
         raise unknown("repair", repair, REPAIRS)
     if n < 1:
@@ -250,6 +255,7 @@ def sensitivity(
         precision=base.precision,
         measure="accuracy" if score is None else getattr(score, "__name__", "score"),
         combine=combine,
+        grain=grain,
     )
     sample = None if repair == "none" else repair_images
     file = scan_file(
@@ -259,8 +265,8 @@ def sensitivity(
     return scan.run(_cuts(program, profile, empty), progress, on_layer)
 
 
-def _ratios(ratios: Sequence[float]) -> tuple[float, ...]:
-    found = {Setting(ratio=ratio).checked("of every scan").ratio for ratio in ratios}
+def _ratios(ratios: Sequence[float], grain: str) -> tuple[float, ...]:
+    found = {Setting(ratio=ratio, grain=grain).checked("of every scan").ratio for ratio in ratios}
     if not found:
         raise PruneLabError("A sensitivity scan needs at least one ratio, for example ratios=(0.25, 0.5, 0.75).")
     return tuple(sorted(ratio for ratio in found if ratio is not None))
@@ -269,10 +275,13 @@ def _ratios(ratios: Sequence[float]) -> tuple[float, ...]:
 def _cuts(program: Program, profile: Profile | None, scan: Sensitivity) -> list[tuple[str, float, Selection]]:
     """Layer, ratio and what that removes, in order of execution."""
     free = [layer for layer in program.layers if not layer.pinned]
-    known = {layer.name: scores(program, profile, scan.criterion, layer, scan.seed, scan.combine) for layer in free}
+    known: dict[str, Scores] = {}
+    if scan.grain == "channel":
+        known = {layer.name: scores(program, profile, scan.criterion, layer, scan.seed, scan.combine) for layer in free}
     cuts = []
     for layer, ratio in product(free, scan.ratios):
-        plan = Plan(scan.criterion, {layer.name: Setting(ratio=ratio)}, scan.seed, bypassed=program.bypassed)
+        setting = Setting(ratio=ratio, grain=scan.grain)
+        plan = Plan(scan.criterion, {layer.name: setting}, scan.seed, bypassed=program.bypassed)
         cuts.append((layer.name, ratio, plan.resolve(program.base, profile, lambda layer: known[layer.name])))
     return cuts
 

@@ -136,6 +136,25 @@ def test_other_criteria_choose_other_channels(program: pl.Program) -> None:
         pl.sensitivity(program, IMAGES, LABELS, criterion="apoz", progress=False, cache=False)
 
 
+def test_single_weights_are_scanned_as_a_plan_would_zero_them(program: pl.Program) -> None:
+    scan = pl.sensitivity(
+        program, IMAGES, LABELS, criterion="apoz", grain="weight", ratios=(0.9,), n=100, precision="float32",
+        progress=False, cache=False,
+    )  # fmt: skip
+    assert scan.complete
+    assert pl.Sensitivity.from_json(scan.to_json()) == scan
+    chosen = pl.sensitivity(program, IMAGES, LABELS, ratios=(0.0,), n=100, progress=False, cache=False)
+    assert chosen.grain == "channel"
+    for name in ("conv1", "conv2", "fc1"):
+        (point,) = scan.of(name)
+        cut = pl.Plan().set(name, ratio=0.9, grain="weight").resolve(program)
+        assert point.accuracy == pl.Preview(program, IMAGES, LABELS).accuracy(cut, n=100).accuracy
+        assert point.kept == program.layer(name).channels
+    axes = scan.figure().axes[0]
+    assert axes.get_xlabel() == "weights removed (%)"
+    assert "apoz" not in axes.get_title()
+
+
 def test_repair_is_done_for_every_point(program: pl.Program) -> None:
     sample = TRAIN.images[:200]
     settings = {"ratios": (0.5, 0.8), "precision": "float32", "progress": False, "cache": False}
@@ -299,6 +318,7 @@ def test_the_figure_gives_a_pinned_layer_no_number(program: pl.Program) -> None:
         ({"ratios": (float("nan"),)}, "finite"),
         ({"criterion": "l3"}, "no criterion 'l3'"),
         ({"repair": "glue"}, "no repair 'glue'"),
+        ({"grain": "block"}, "no grain 'block'"),
         ({"repair": "bias"}, "needs images"),
         ({"precision": "float8"}, "no precision"),
         ({"n": 0}, "n="),

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prunelab.plan import Plan, Setting
+from prunelab.program.channels import Layer
 from prunelab.program.program import Program
 from prunelab.sensitivity import Measured, Sensitivity, sensitivity
 
@@ -27,7 +29,9 @@ class Scanned:
 
 
 def scan(lab: Lab, on_layer: Callable[[Sensitivity], None] | None = None, **settings: Any) -> Sensitivity:
-    """Scan the lab's network as its plan has it: criterion, seed, repair and bypasses, every layer alone.
+    """Scan the lab's network as its plan has it: criterion, seed, repair, grain and bypasses, every layer alone.
+
+    The grain is the rows' own where they have one in common, and channels otherwise.
 
     What a stopped scan has measured is kept in ``lab.scanned`` too.
     """
@@ -43,12 +47,22 @@ def scan(lab: Lab, on_layer: Callable[[Sensitivity], None] | None = None, **sett
         "seed": plan.seed,
         "combine": plan.combine,
         "repair": plan.repair,
+        "grain": _common_grain(lab),
         "masks": lab.stage.masks,
         "cache": lab.cache,
         "memory": preview.memory.budget,
         **settings,
     }
     return sensitivity(program, preview.images, preview.labels, profile=lab.profile, on_layer=keep, **given)
+
+
+def _grain(plan: Plan, layer: Layer) -> str:
+    return plan.settings.get(layer.name, Setting()).grain
+
+
+def _common_grain(lab: Lab) -> str:
+    grains = {_grain(lab.plan, layer) for layer in lab.program.layers if not layer.pinned}
+    return grains.pop() if len(grains) == 1 else "channel"
 
 
 def stale(lab: Lab) -> str:
@@ -70,7 +84,8 @@ def curves_of(lab: Lab) -> dict[str, Any]:
     """The scan for the browser: a curve per row, and the one scale of them all.
 
     A curve's points are the share of channels that are gone, the accuracy, its change and the change's half width.
-    Rows whose layer is another one than when it was measured have no curve; a scan of another network gives none.
+    Rows whose layer is another one than when it was measured, or that are cut by another grain, have no curve; a scan
+    of another network gives none.
     """
     scanned = lab.scanned
     if scanned is None or scanned.program.base is not lab.stage.program or not scanned.found.points:
@@ -80,7 +95,10 @@ def curves_of(lab: Lab) -> dict[str, Any]:
     same = [
         layer.name
         for layer in lab.program.layers
-        if layer.name in then and then[layer.name].producers == layer.producers and found.of(layer.name)
+        if layer.name in then
+        and then[layer.name].producers == layer.producers
+        and _grain(lab.plan, layer) == found.grain
+        and found.of(layer.name)
     ]
     return {
         "base": found.base,
@@ -89,9 +107,10 @@ def curves_of(lab: Lab) -> dict[str, Any]:
         "n": found.n,
         "precision": found.precision,
         "stale": stale(lab),
-        "layers": {name: [_plain(p, found.channels[name]) for p in found.of(name)] for name in same},
+        "layers": {name: [_plain(p, found) for p in found.of(name)] for name in same},
     }
 
 
-def _plain(point: Measured, channels: int) -> list[float]:
-    return [1 - point.kept / channels, point.accuracy, point.change, point.half]
+def _plain(point: Measured, scan: Sensitivity) -> list[float]:
+    gone = point.ratio if scan.grain == "weight" else 1 - point.kept / scan.channels[point.layer]
+    return [gone, point.accuracy, point.change, point.half]

@@ -4,8 +4,8 @@
 >>> lessons.Question("Which goes first?", {"conv1": "No: …", "fc1": "Yes: …"}, right="fc1")
 >>> lessons.check("mean-activation", my_function)
 
-A file of this folder that is named after a method holds the exercises of its lesson; it registers them with
-:func:`exercise`, and is found by lying here.
+A file of this folder that is named after a method holds what its lesson asks: ``lessons.mean_activation.QUESTION`` to
+predict, and exercises that it registers with :func:`exercise`. It is found by lying here.
 """
 
 from importlib import import_module

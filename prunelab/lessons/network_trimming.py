@@ -1,4 +1,4 @@
-"""The exercise of the lesson on Network Trimming: choose the thresholds of a first round."""
+"""The lesson on Network Trimming: what to predict, and the thresholds of a first round to choose yourself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import Any
 from prunelab.lessons.answers import plan_in
 from prunelab.lessons.embedded import embedded
 from prunelab.lessons.exercises import Verdict, exercise
+from prunelab.lessons.question import Question
+
+QUESTION = Question(
+    "The 500 neurons of `fc1` are zero 72 % of the time on average. With k = 1, how many of them lie above the "
+    "threshold?",
+    {
+        "All that are zero more often than not, some 450": "No: the threshold is no fixed share of zeros. It lies one "
+        "standard deviation above what is usual in this very layer.",
+        "Fewer than 100": "Yes, 65. In a normal distribution 16 % lie more than one standard deviation above the mean; "
+        "here it is 13 %, since the mean is not far from 100 %, where the scale ends.",
+        "About half, 250": "No: half would lie above the median. The threshold is one standard deviation further up.",
+    },
+    right="Fewer than 100",
+)
+"""How many neurons of LeNet's `fc1` the paper's rule removes; the notebook counts them."""
 
 COMPRESSION, DROP = 1.8, 0.05
 

@@ -20,7 +20,7 @@ from prunelab.papers.evidence import Measure, Paper, Run, markdown, table
 SHORT = "A run of seconds for checking the code, on a few embedded images: its figures mean nothing."
 """What a short run says of itself."""
 
-EXPERIMENTS: tuple[str, ...] = ("multi_grain",)
+EXPERIMENTS = ("lenet_mnist", "mean_activation", "trimming_rule", "multi_grain")
 """Modules of :mod:`prunelab.papers.experiments`; each lists its ``REPRODUCTIONS``."""
 
 

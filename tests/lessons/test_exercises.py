@@ -150,3 +150,39 @@ def test_network_trimming_takes_a_lab_as_it_stands() -> None:
     assert "not small enough" in lessons.check("network-trimming", lab).text
     lab.use(TRIMMED)
     assert lessons.check("network-trimming", lab).right
+
+
+# A quarter of the size ---------------------------------------------
+
+SHARES = dict(zip(("stage1.conv1", "stage1.conv2", "stage2.conv1", "stage2.conv2", "stage3.conv1", "stage3.conv2"),
+                  (0.2, 0.5, 0.55, 0.62, 0.72, 0.87), strict=True))  # fmt: skip
+
+
+def zeroed(shares: dict[str, float], grain: str = "weight", **settings: Any) -> pl.Plan:
+    plan = pl.Plan(**settings)
+    for name, share in shares.items():
+        plan = plan.set(name, ratio=share, grain=grain)
+    return plan
+
+
+def test_a_quarter_of_the_size_accepts_shares_chosen_by_layer() -> None:
+    verdict = lessons.check("a-quarter-of-the-size", zeroed(SHARES))
+    assert verdict.right, verdict
+    assert verdict.text.startswith("24.")
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (zeroed(dict.fromkeys(SHARES, 0.76)), "24.* of the parameters, 1.* accuracy .* too much is lost"),
+        (zeroed({**SHARES, "stage3.conv2": 0.5}), "Still too large"),
+        (zeroed(SHARES, grain="channel"), "stage1.conv1, .* single weights"),
+        (zeroed(SHARES).bypass("stage3"), "stage3: here single weights go"),
+        (zeroed(SHARES, repair="norm"), "set no repair"),
+        (zeroed({"conv2": 0.5}), "There is no layer 'conv2'"),
+    ],
+)
+def test_a_quarter_of_the_size_refuses_what_is_not_it(plan: pl.Plan, reason: str) -> None:
+    verdict = lessons.check("a-quarter-of-the-size", plan)
+    assert not verdict
+    assert re.search(reason, verdict.text), verdict.text

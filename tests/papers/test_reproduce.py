@@ -218,3 +218,13 @@ def test_the_command_asks_for_the_data(capsys: pytest.CaptureFixture[str]) -> No
     for name in reproductions():
         assert cli.main(["reproduce", name]) == 2
         assert "--data DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["network-trimming-lenet", "mean-activation-lenet", "network-trimming-resnet56"])
+def test_reproductions_run_in_short(name: str, tmp_path: Path) -> None:
+    reproduce(name, tmp_path, seeds=1, out=tmp_path, short=True, say=lambda line: None)
+    run = Run.read(tmp_path / name / "seed-0.json")
+    assert run.complete
+    assert run.shortened == SHORT
+    assert {"dense", "trained"} <= {measure.stage for measure in run.measures}
+    assert all(measure.params < run.measures[0].params for measure in run.measures if measure.stage == "cut")
