@@ -72,7 +72,7 @@ class _Method:
     weights: float
     calibration: int
     recovery: Recipe
-    finetuning: Recipe
+    finetuning: Mapping[str, Recipe]
     folder: Path | None
     progress: Progress | bool
 
@@ -90,7 +90,7 @@ def multi_grain(
     weights: float = 0.2,
     calibration: int = 512,
     recovery: Recipe | None = None,
-    finetuning: Recipe | None = None,
+    finetuning: Recipe | Mapping[str, Recipe] | None = None,
     on_grain: OnGrain | None = None,
     folder: Path | str | None = None,
     progress: Progress | bool = True,
@@ -111,7 +111,8 @@ def multi_grain(
         channels: share of all channels that one cut takes; ``weights``: share of the weights that are not zero yet.
         calibration: training images on which bypasses are scored.
         recovery: the training after each cut, one epoch unless told; ``finetuning``: that at the end of a grain, five
-            epochs unless told. Either learns from the unpruned network, unless it names a teacher of its own.
+            epochs unless told, or one for each grain by name. Both learn from the unpruned network, unless they name a
+            teacher of their own.
         on_grain: called after every grain's fine-tuning with its record and the network as it is then.
         folder: for checkpoints, each training's in a folder of its own; called again with the same arguments, it goes
             on where it was.
@@ -121,8 +122,10 @@ def multi_grain(
         PruneLabError: an unknown grain, a budget, share or stop out of range, masks in a recipe, and all that
             finetune raises.
     """
-    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, (recovery, finetuning))
-    short, long = _taught(recovery or Recipe(epochs=1), model), _taught(finetuning or Recipe(epochs=5), model)
+    long = finetuning if isinstance(finetuning, Mapping) else dict.fromkeys(GRAINS, finetuning or Recipe(epochs=5))
+    short = recovery or Recipe(epochs=1)
+    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long)
+    short, long = _taught(short, model), {name: _taught(each, model) for name, each in long.items()}
     place = None if folder is None else Path(folder)
     method = _Method(train, val, criterion, repair, channels, weights, calibration, short, long, place, progress)
     now = _Network(model, trace(model, labelled(val, 2)[0]), {})
@@ -151,7 +154,7 @@ def _grain(
             break
         now = tried
     if any(cut.kept for cut in cuts):
-        _train(method, now, method.finetuning, f"{place}-{name}")
+        _train(method, now, method.finetuning[name], f"{place}-{name}")
     return now, Grain(name, tuple(cuts), now.size, accuracy(now.model, *labelled(method.val)))
 
 
@@ -199,9 +202,10 @@ def _check(
     budgets: Mapping[str, float],
     stops: Mapping[str, Sequence[float]],
     shares: Mapping[str, float],
-    recipes: Sequence[Recipe | None],
+    short: Recipe,
+    long: Mapping[str, Recipe],
 ) -> None:
-    for name in (*budgets, *stops):
+    for name in (*budgets, *stops, *long):
         if name not in GRAINS:
             raise unknown("grain", str(name), GRAINS)
     for name, budget in budgets.items():
@@ -212,8 +216,11 @@ def _check(
             raise PruneLabError(f"The grain {name!r} has stops and no budget: give it one in budgets.")
         if not listed or list(listed) != sorted(set(listed)) or listed[0] <= 1:
             raise PruneLabError(f"The stops of the grain {name!r} must be rising compressions above 1, not {listed}.")
+    for name in budgets:
+        if name not in long:
+            raise PruneLabError(f"The grain {name!r} has no recipe to fine-tune by: give it one in finetuning.")
     for name, share in shares.items():
         if not 0 < share < 1:
             raise PruneLabError(f"The share of {name} that one cut takes lies between 0 and 1, not {share}.")
-    if any(recipe is not None and recipe.masks for recipe in recipes):
+    if any(recipe.masks for recipe in (short, *long.values())):
         raise PruneLabError("Masks do not fit a network that loses channels: the grain 'weight' makes them, last.")

@@ -230,6 +230,7 @@ def test_the_table_names_grains_and_sizes(whole: Whole) -> None:
         ({"budgets": {"channel": 0.1}, "stops": {"weight": (2.0,)}}, "'weight' has stops and no budget"),
         ({"stops": {"weight": (4.0, 2.0)}}, "rising compressions above 1"),
         ({"channels": 1.0}, "share of channels"),
+        ({"finetuning": {"weight": RECIPE}}, "'block' has no recipe to fine-tune by"),
         ({"recovery": pl.Recipe(masks={"0.weight": torch.ones(1)})}, "the grain 'weight' makes them"),
     ],
 )

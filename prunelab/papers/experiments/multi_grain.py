@@ -11,7 +11,7 @@ from torch import nn
 from prunelab import zoo
 from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments import sources
-from prunelab.papers.multi_grain import multi_grain
+from prunelab.papers.multi_grain import GRAINS, multi_grain
 from prunelab.papers.multi_grain_record import Grain
 from prunelab.papers.reproduce import Reproduction, Task
 from prunelab.program.guard import random_kept
@@ -26,7 +26,7 @@ class _Setting:
 
     Attributes:
         budgets, stops, channels, weights: as for :func:`prunelab.papers.multi_grain.multi_grain`.
-        recovery, finetuning: epochs after a cut, and at the end of a grain.
+        recovery, finetuning: epochs after a cut, and at the end of each grain.
         recipe: of both.
     """
 
@@ -35,7 +35,7 @@ class _Setting:
     channels: float
     weights: float
     recovery: int
-    finetuning: int
+    finetuning: Mapping[str, int]
     recipe: Recipe
 
 
@@ -69,7 +69,7 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
         channels=0.3 if task.short else setting.channels,
         weights=0.8 if task.short else setting.weights,
         recovery=replace(recipe, epochs=1 if task.short else setting.recovery),
-        finetuning=replace(recipe, epochs=1 if task.short else setting.finetuning),
+        finetuning={k: replace(recipe, epochs=1 if task.short else n) for k, n in setting.finetuning.items()},
         on_grain=measure,
         folder=task.work / "multi-grain",
         progress=False,
@@ -77,23 +77,23 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
     yield from found
 
 
-_GREY = Recipe(lr=0.02, weight_decay=1e-4, augment=Augment(flip=True, crop=2))
+_GREY = Recipe(lr=0.02, batch_size=64, weight_decay=1e-4, augment=Augment(flip=True, crop=2))
 _SMALL = _Setting(
-    budgets={"block": 0.01, "layer": 0.01, "channel": 0.02, "weight": 0.04},
-    stops={"channel": (3.0,), "weight": (10.0, 20.0, 32.0)},
-    channels=0.12,
-    weights=0.4,
+    budgets={"block": 0.01, "layer": 0.01, "channel": 0.01, "weight": 0.03},
+    stops={"channel": (2.2,), "weight": (10.0, 20.0, 32.0)},
+    channels=0.05,
+    weights=0.3,
     recovery=1,
-    finetuning=10,
+    finetuning={"block": 2, "layer": 2, "channel": 2, "weight": 12},
     recipe=_GREY,
 )
 _RESNET = _Setting(
     budgets={"block": 0.02, "layer": 0.03, "channel": 0.04, "weight": 0.06},
-    stops={"block": (1.4,), "layer": (1.7,), "channel": (2.5,), "weight": (10.0,)},
-    channels=0.12,
-    weights=0.35,
+    stops={"block": (1.4,), "layer": (1.6,), "channel": (1.8,), "weight": (10.0,)},
+    channels=0.08,
+    weights=0.4,
     recovery=1,
-    finetuning=5,
+    finetuning={"block": 2, "layer": 2, "channel": 2, "weight": 8},
     recipe=_GREY,
 )
 _CIFAR = Recipe(lr=0.02, weight_decay=5e-4, augment=Augment(flip=True, crop=4))
@@ -103,7 +103,7 @@ _VGG19 = _Setting(
     channels=0.1,
     weights=0.2,
     recovery=2,
-    finetuning=40,
+    finetuning=dict.fromkeys(GRAINS, 40),
     recipe=_CIFAR,
 )
 _SCRATCH = Recipe(epochs=160, lr=0.1, weight_decay=5e-4, augment=Augment(flip=True, crop=4))
