@@ -13,7 +13,7 @@ from prunelab.program.selection import Selection
 
 QUESTION = Question(
     "`stage3.conv2` holds half of all parameters. It is bypassed: its input passes through to the classifier, whose "
-    "weights are chosen anew by least squares. Nothing is trained. The network scored 94.4 %. And now?",
+    "weights are chosen anew by least squares. Nothing is trained. Before, the network scored 94 %. And now?",
     {
         "About 10 %, as good as guessing": "No, that is what it scores without the repair: the classifier then reads "
         "features that it was not made for. They are there all the same.",
