@@ -99,7 +99,7 @@ _RESNET = _Setting(
 _CIFAR = Recipe(lr=0.02, weight_decay=5e-4, augment=Augment(flip=True, crop=4))
 _VGG19 = _Setting(
     budgets={"block": 0.003, "layer": 0.003, "channel": 0.005, "weight": 0.02},
-    stops={"channel": (12.0,), "weight": (31.9, 185.3)},
+    stops={"channel": (20.0,), "weight": (31.9, 185.3)},
     channels=0.1,
     weights=0.2,
     recovery=2,
