@@ -32,14 +32,14 @@ def added_loss(program: Program, grain: str, train: Any, repair: str, n: int) ->
     Args:
         grain: ``block`` or ``layer``.
         train: of (image, label).
-        n: images to measure it on.
+        n: images to measure it on, and to repair from.
     """
     units = [unit.name for unit in program.units if unit.grain == grain]
     if not units:
         return {}
     # All images where they are in memory: the preview then draws its sample from all classes.
     preview = Preview(program, *(in_memory(train) or labelled(in_order(train), n)), score=_minus_loss)
-    repaired = Repairer(program, sample_of(train))
+    repaired = Repairer(program, sample_of(train)[:n])
     added = {}
     for name in units:
         bypass = Plan().bypass(name).resolve(program)
