@@ -25,12 +25,8 @@ SHORT = "A run of seconds for checking the code, on a few embedded images: its f
 """What a short run says of itself."""
 
 EXPERIMENTS = (
-    "lenet_mnist",
-    "mean_activation",
-    "trimming_rule",
-    "centripetal_small",
-    "centripetal_resnet56",
-    "resnet56_cifar",
+    *("lenet_mnist", "mean_activation", "trimming_rule", "multi_grain"),
+    *("centripetal_small", "centripetal_resnet56", "resnet56_cifar"),
 )
 """Modules of :mod:`prunelab.papers.experiments`; each lists its ``REPRODUCTIONS``."""
 

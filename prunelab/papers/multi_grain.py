@@ -1,0 +1,226 @@
+"""Multi-grain pruning: from coarse to fine, blocks, layers, channels, single weights.
+
+Kollek, Aguilar, Braun and Kummert 2021, 'Multi-Grain Pruning', PIC 2021, doi 10.1109/PIC53636.2021.9687071. Stated in
+its abstract: pruning over up to four granularities, of which blocks of several layers are new, from coarse to fine, for
+far higher compression than one of them gives. Criteria and schedule are not given there; what follows is our reading:
+
+    for every grain, from blocks to weights:
+        score what can go; take the least of it away while the accuracy after a short recovery ≥ base − budget;
+        fine-tune
+
+Blocks and layers, replaced by the identity, are scored by the loss that bypassing them adds on a calibration set once
+the weights behind them are repaired. Channels are scored by any criterion, counted in standard deviations from their
+layer's mean, all layers together; coupled ones go together. Weights go by magnitude, all layers together; what is zero
+stays zero in all training. After every cut the surviving weights are repaired before they are trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunelab.commit import commit
+from prunelab.errors import PruneLabError, unknown
+from prunelab.papers.evidence import accuracy
+from prunelab.papers.multi_grain_record import Cut, Grain, MultiGrain, Size
+from prunelab.papers.multi_grain_scores import added_loss, lowest_channels, smallest_weights
+from prunelab.plan import Plan
+from prunelab.preview import labelled
+from prunelab.program.program import Program, cost, sliced_masks, trace
+from prunelab.program.selection import Selection
+from prunelab.progress import Progress
+from prunelab.repair import sample_of
+from prunelab.train.finetune import finetune
+from prunelab.train.recipe import Recipe
+
+GRAINS = ("block", "layer", "channel", "weight")
+BUDGETS: Mapping[str, float] = {"block": 0.005, "layer": 0.005, "channel": 0.01, "weight": 0.01}
+"""How far the accuracy may fall below the unpruned network's in each grain, as a share of one."""
+
+OnGrain = Callable[[Grain, nn.Module], None]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A network on its way: traced, with the masks that it has so far."""
+
+    model: nn.Module
+    program: Program
+    masks: Mapping[str, Tensor]
+
+    @property
+    def size(self) -> Size:
+        found = cost(self.program, Selection(masks=self.masks))
+        return Size(found.params, found.nonzero, found.macs)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """The settings of :func:`multi_grain`."""
+
+    train: Any
+    val: Any
+    criterion: str
+    repair: str
+    channels: float
+    weights: float
+    calibration: int
+    recovery: Recipe
+    finetuning: Mapping[str, Recipe]
+    folder: Path | None
+    progress: Progress | bool
+
+
+def multi_grain(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    budgets: Mapping[str, float] = BUDGETS,
+    stops: Mapping[str, Sequence[float]] | None = None,
+    criterion: str = "l1",
+    repair: str = "least-squares",
+    channels: float = 0.1,
+    weights: float = 0.2,
+    calibration: int = 512,
+    recovery: Recipe | None = None,
+    finetuning: Recipe | Mapping[str, Recipe] | None = None,
+    on_grain: OnGrain | None = None,
+    folder: Path | str | None = None,
+    progress: Progress | bool = True,
+) -> tuple[nn.Module, MultiGrain]:
+    """Prune a network from coarse to fine. The given one is not changed.
+
+    >>> small, record = multi_grain(model, train, val, budgets={"layer": 0.01, "channel": 0.01, "weight": 0.01})
+
+    Args:
+        train: Dataset or DataLoader of (image, label), as for :func:`prunelab.finetune`.
+        val: likewise; on it the budgets are kept. Not the test set.
+        budgets: by grain, how far accuracy may fall below the unpruned network's, 0 to 1. A grain without one is left
+            out; one that the network does not offer takes nothing away.
+        stops: by grain, rising compressions (dense parameters / non-zero parameters). The grain pauses at each of them
+            for its fine-tuning, and ends with the last; without them it goes on until its budget is spent.
+        criterion: scores channels, one of :func:`prunelab.criteria_names`.
+        repair: of the surviving weights after every cut, one of :data:`prunelab.plan.REPAIRS`.
+        channels: share of all channels that one cut takes; ``weights``: share of the weights that are not zero yet.
+        calibration: training images on which bypasses are scored.
+        recovery: the training after each cut, one epoch unless told; ``finetuning``: that at the end of a grain, five
+            epochs unless told, or one for each grain by name. Both learn from the unpruned network, unless they name a
+            teacher of their own.
+        on_grain: called after every grain's fine-tuning with its record and the network as it is then.
+        folder: for checkpoints, each training's in a folder of its own; called again with the same arguments, it goes
+            on where it was.
+        progress: as for :func:`prunelab.finetune`.
+
+    Raises:
+        PruneLabError: an unknown grain, a budget, share or stop out of range, masks in a recipe, and all that
+            finetune raises.
+    """
+    long = finetuning if isinstance(finetuning, Mapping) else dict.fromkeys(GRAINS, finetuning or Recipe(epochs=5))
+    short = recovery or Recipe(epochs=1)
+    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long)
+    short, long = _taught(short, model), {name: _taught(each, model) for name, each in long.items()}
+    place = None if folder is None else Path(folder)
+    method = _Method(train, val, criterion, repair, channels, weights, calibration, short, long, place, progress)
+    now = _Network(model, trace(model, labelled(val, 2)[0]), {})
+    dense, base = now.size, accuracy(model, *labelled(val))
+    grains: list[Grain] = []
+    for name in (grain for grain in GRAINS if grain in budgets):
+        for stop in (stops or {}).get(name, (math.inf,)):
+            now, grain = _grain(method, now, name, base - budgets[name], dense.params / stop, len(grains))
+            grains.append(grain)
+            if on_grain is not None:
+                on_grain(grain, now.model)
+            if grain.cuts and not grain.cuts[-1].kept:
+                break
+    return copy.deepcopy(model) if now.model is model else now.model, MultiGrain(dense, base, tuple(grains), now.masks)
+
+
+def _grain(
+    method: _Method, now: _Network, name: str, floor: float, wanted: float, place: int
+) -> tuple[_Network, Grain]:
+    """Cut after cut while accuracy is at least ``floor`` and more than ``wanted`` parameters are not zero."""
+    cuts: list[Cut] = []
+    while now.size.nonzero > wanted and (found := _next(method, now, name, wanted)) is not None:
+        tried, cut = _tried(method, now, *found, floor, f"{place}-{name}-{len(cuts)}")
+        cuts.append(cut)
+        if not cut.kept:
+            break
+        now = tried
+    if any(cut.kept for cut in cuts):
+        _train(method, now, method.finetuning[name], f"{place}-{name}")
+    return now, Grain(name, tuple(cuts), now.size, accuracy(now.model, *labelled(method.val)))
+
+
+def _tried(
+    method: _Method, now: _Network, what: str, selection: Selection, floor: float, place: str
+) -> tuple[_Network, Cut]:
+    model = commit(now.program, selection, repair=method.repair, images=sample_of(method.train))
+    example = labelled(method.val, 2)[0]
+    tried = _Network(model, trace(model, example), sliced_masks(now.program, selection))
+    before = accuracy(model, *labelled(method.val))
+    _train(method, tried, method.recovery, place)
+    after = accuracy(model, *labelled(method.val))
+    return tried, Cut(what, tried.size, before, after, kept=after >= floor)
+
+
+def _train(method: _Method, now: _Network, recipe: Recipe, place: str) -> None:
+    folder = None if method.folder is None else method.folder / place
+    recipe = replace(recipe, masks=now.masks)
+    finetune(now.model, method.train, method.val, recipe=recipe, folder=folder, progress=method.progress)
+
+
+def _next(method: _Method, now: _Network, grain: str, wanted: float) -> tuple[str, Selection] | None:
+    """What the next cut takes, in words and as a selection; None where the network offers nothing."""
+    if grain in ("block", "layer"):
+        added = added_loss(now.program, grain, method.train, method.repair, method.calibration)
+        least = min(added, key=added.__getitem__, default=None)
+        return None if least is None else (least, Plan().bypass(least).resolve(now.program))
+    if grain == "channel":
+        selection = lowest_channels(now.program, method.train, method.criterion, method.channels)
+        gone = sum(now.program.layer(name).channels - len(kept) for name, kept in selection.kept.items())
+        return (f"{gone} channels of {len(selection.kept)} layers", selection) if gone else None
+    selection = Selection(masks=smallest_weights(now.program, now.masks, method.weights, wanted))
+    gone = now.size.nonzero - cost(now.program, selection).nonzero
+    return (f"{gone:,} weights", selection) if gone else None
+
+
+# Settings ---------------------------------------------
+
+
+def _taught(recipe: Recipe, teacher: nn.Module) -> Recipe:
+    return recipe if recipe.teacher is not None else replace(recipe, teacher=teacher)
+
+
+def _check(
+    budgets: Mapping[str, float],
+    stops: Mapping[str, Sequence[float]],
+    shares: Mapping[str, float],
+    short: Recipe,
+    long: Mapping[str, Recipe],
+) -> None:
+    for name in (*budgets, *stops, *long):
+        if name not in GRAINS:
+            raise unknown("grain", str(name), GRAINS)
+    for name, budget in budgets.items():
+        if not 0 <= budget <= 1:
+            raise PruneLabError(f"The budget of the grain {name!r} is a share of accuracy from 0 to 1, not {budget}.")
+    for name, listed in stops.items():
+        if name not in budgets:
+            raise PruneLabError(f"The grain {name!r} has stops and no budget: give it one in budgets.")
+        if not listed or list(listed) != sorted(set(listed)) or listed[0] <= 1:
+            raise PruneLabError(f"The stops of the grain {name!r} must be rising compressions above 1, not {listed}.")
+    for name in budgets:
+        if name not in long:
+            raise PruneLabError(f"The grain {name!r} has no recipe to fine-tune by: give it one in finetuning.")
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise PruneLabError(f"The share of {name} that one cut takes lies between 0 and 1, not {share}.")
+    if any(recipe.masks for recipe in (short, *long.values())):
+        raise PruneLabError("Masks do not fit a network that loses channels: the grain 'weight' makes them, last.")

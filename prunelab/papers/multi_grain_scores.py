@@ -1,0 +1,103 @@
+"""What goes next, grain by grain: the layer or block, the channels or the weights that a network misses least.
+
+Our reading, see :mod:`prunelab.papers.multi_grain`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from prunelab.criteria.measuring import profile_for
+from prunelab.criteria.registry import Scores, scores
+from prunelab.plan import Plan, spread
+from prunelab.preview import Preview, labelled
+from prunelab.profile.batches import in_memory, in_order
+from prunelab.program.program import Program, cost
+from prunelab.program.selection import Selection
+from prunelab.repair import Repairer, sample_of
+
+
+def added_loss(program: Program, grain: str, train: Any, repair: str, n: int) -> dict[str, float]:
+    """By name of every unit of a grain: what its bypass adds to the mean cross-entropy, once the weights are repaired.
+
+    Without a repair what follows a bypassed layer reads values that it was not made for, and every layer looks needed.
+
+    Args:
+        grain: ``block`` or ``layer``.
+        train: of (image, label).
+        n: images to measure it on, and to repair from.
+    """
+    units = [unit.name for unit in program.units if unit.grain == grain]
+    if not units:
+        return {}
+    # All images where they are in memory: the preview then draws its sample from all classes.
+    preview = Preview(program, *(in_memory(train) or labelled(in_order(train), n)), score=_minus_loss)
+    repaired = Repairer(program, sample_of(train)[:n])
+    added = {}
+    for name in units:
+        bypass = Plan().bypass(name).resolve(program)
+        added[name] = -preview.accuracy(bypass, n=n, repaired=repaired(bypass, repair)).change
+    return added
+
+
+def _minus_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    return -cross_entropy(outputs, labels, reduction="none")
+
+
+def lowest_channels(program: Program, train: Any, criterion: str, share: float) -> Selection:
+    """A cut of the channels that lie the most standard deviations below their layer's mean score, all layers together.
+
+    It is the rule ``std`` with one number for all layers.
+
+    Args:
+        train: what the criterion is measured on.
+        share: of all free channels, 0 to 1; one goes at least, unless no layer can tell its channels apart.
+    """
+    profile = profile_for(program, train, criterion, progress=False)
+    free = [layer for layer in program.layers if not layer.pinned and layer.channels > 1]
+    found = {layer.name: scores(program, profile, criterion, layer) for layer in free}
+    if not found:
+        return Selection()
+    far = np.sort(np.concatenate([_standardised(score) for score in found.values()]))
+    plan = Plan(criterion)
+    for name in found:
+        plan = plan.set(name, std=-float(far[max(1, int(share * far.size))]))
+    return plan.resolve(program, score=lambda layer: found[layer.name])
+
+
+def _standardised(score: Scores) -> Scores:
+    mean, sd = spread(score)
+    return (score - mean) / (sd or 1.0)
+
+
+def smallest_weights(
+    program: Program, masks: Mapping[str, Tensor], share: float, enough: float = 0.0
+) -> Mapping[str, Tensor]:
+    """Masks without the weights of the smallest magnitude, all layers together; biases and norms are left alone.
+
+    Args:
+        masks: those that there are, by parameter name, True where a weight stays; what is zero stays so.
+        share: of the weights that are not zero yet, 0 to 1, to go now; one at least.
+        enough: no more go than leaves just so many parameters that are not zero.
+
+    Returns:
+        masks of all weights; equal to those that there are where nothing more may go.
+    """
+    parameters = dict(program.model.named_parameters())
+    weights = {
+        k: p.detach().abs().double().cpu() for k, p in parameters.items() if p.dim() > 1 and k in program.state_nodes
+    }
+    alive = torch.cat([masks.get(k, torch.ones_like(w)).bool().flatten() for k, w in weights.items()])
+    magnitude = torch.cat([w.flatten() for w in weights.values()]).masked_fill(~alive, -1.0)
+    zero, left = int((~alive).sum()), int(alive.sum())
+    count = min(zero + max(1, int(share * left)), math.ceil(cost(program).params - enough), alive.numel() - 1)
+    alive[magnitude.argsort(stable=True)[:count]] = False
+    parts = alive.split([w.numel() for w in weights.values()])
+    return {k: part.view(w.shape) for (k, w), part in zip(weights.items(), parts, strict=True)}
