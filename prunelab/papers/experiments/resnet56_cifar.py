@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,13 +19,11 @@ from prunelab.papers.experiments.five_methods_figure import draw
 from prunelab.papers.experiments.sources import IMAGENET_MEAN, IMAGENET_STD, cifar10, folder, resnet56
 from prunelab.papers.reproduce import Reproduction, Task
 from prunelab.plan import Plan, Setting
-from prunelab.preview import Preview
 from prunelab.profile.capture import Profile, profile
 from prunelab.program.program import Program, cost, trace
 from prunelab.progress import Stopped
-from prunelab.repair import SAMPLE, Repairer
+from prunelab.repair import SAMPLE
 from prunelab.search import Step, best_plan
-from prunelab.search.meter import Meter
 from prunelab.train.augment import Augment
 from prunelab.train.finetune import finetune
 
@@ -44,24 +41,18 @@ TRAINED = (PROPOSED, *UNIFORM, AUTOMATIC)
 """Methods whose networks are fine-tuned; the other ablations are measured as cut and repaired."""
 
 REPAIR = "least-squares"
-AUTOMATIC_SCORE = "the best"
 Plans = Mapping[tuple[float, str], Plan]
 """Plans by point and stage."""
 
 
-SCORES: Mapping[str, str] = MappingProxyType(
-    {
-        "full": "result_oriented",
-        "mean, R = 1": variant(information="mean", correlated=False),
+def ablations() -> Mapping[str, str]:
+    """The automatic decision with other scores, by method."""
+    return {
         "α = 0": variant(0.0),
         "α = 1": variant(1.0),
         "R = 1": variant(correlated=False),
+        AUTOMATIC: "l1",
     }
-)
-"""Scores, of which the proposed method takes the one with the best result on the validation images."""
-
-ABLATIONS = ("α = 0", "α = 1", "R = 1")
-"""Scores that are shown by themselves too, each with ratios decided for it alone."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +60,17 @@ class Effort:
     """How much is done: of the reproduction, and of a short run.
 
     Attributes:
-        profiled, trained: training images of the profile and the fine-tuning.
-        searched, judged: validation images of the search's steps, and of the choice between its plans.
+        profiled, trained, searched: training images of the profile and the fine-tuning, validation images of the
+            decision.
     """
 
     points: tuple[float, ...] = POINTS
     profiled: int = 10_000
     trained: int = 3_000
     searched: int = 128
-    judged: int = 1_000
 
 
-SHORT = Effort(points=(2.0,), profiled=64, trained=64, searched=16, judged=32)
+SHORT = Effort(points=(2.0,), profiled=64, trained=64, searched=16)
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,6 @@ class Subject:
 
     Attributes:
         layers: names of those that may be cut: the first convolution of every block, for all methods alike.
-        meters: by stage, the loss that a selection causes on the validation images, repaired where that is the stage.
     """
 
     program: Program
@@ -99,7 +88,6 @@ class Subject:
     test: ImageSet
     layers: tuple[str, ...]
     effort: Effort
-    meters: Mapping[str, Meter]
 
 
 def run(task: Task) -> Iterator[Measure]:
@@ -107,38 +95,24 @@ def run(task: Task) -> Iterator[Measure]:
     found = subject(task)
     evens = {speedup: uniform(found, speedup) for speedup in found.effort.points}
     yield measured(found.program.model, found.test, point="dense", method="dense", stage="dense")
-    known: dict[tuple[str, str], Measure] = {}
     repaired: dict[tuple[float, str], nn.Module] = {}
-    for method, plans in methods(found, evens, task):
+    for method, criterion in {PROPOSED: "result_oriented", **UNIFORM, **ablations()}.items():
+        if method in UNIFORM:
+            plans = same_for_both(evens, criterion, task.seed)
+        else:
+            plans = decisions(found, method, criterion, evens, task)
         for (speedup, stage), plan in plans.items():
             # What does not depend on the seed is measured by the first one alone.
-            new = task.seed == 0 or method == "random"
-            if not new and (stage == "cut" or method not in TRAINED):
+            if task.seed > 0 and method != "random" and (stage == "cut" or method not in TRAINED):
                 continue
             small = committed(found, plan, stage)
-            if new:
-                same = stage, plan.resolve(found.program, found.profile).digest
-                point = f"{speedup:g}×"
-                if same not in known:
-                    known[same] = measured(small, found.test, point=point, method=method, stage=stage)
-                yield replace(known[same], point=point, method=method)
+            if task.seed == 0 or method == "random":
+                yield measured(small, found.test, point=f"{speedup:g}×", method=method, stage=stage)
             if stage == "repaired" and method in TRAINED:
                 repaired[speedup, method] = small
     for speedup, method in sorted(repaired):
         trained(found, repaired[speedup, method], method, speedup, task)
         yield measured(repaired[speedup, method], found.test, point=f"{speedup:g}×", method=method, stage="trained")
-
-
-def methods(found: Subject, evens: Mapping[float, Plan], task: Task) -> Iterator[tuple[str, Plans]]:
-    """Every method with its plans."""
-    for method, criterion in UNIFORM.items():
-        yield method, same_for_both(evens, criterion, task.seed)
-    yield AUTOMATIC, decisions(found, "l1", {"": "l1"}, evens, task)[AUTOMATIC_SCORE]
-    chosen = decisions(found, "result_oriented", SCORES, evens, task)
-    yield PROPOSED, chosen[AUTOMATIC_SCORE]
-    for score in ABLATIONS:
-        # As cut, the three are told apart by the choice on the validation images alone.
-        yield score, {at: plan for at, plan in chosen[score].items() if at[1] == "repaired"}
 
 
 def subject(task: Task) -> Subject:
@@ -150,53 +124,23 @@ def subject(task: Task) -> Subject:
     inner = [layer.name for layer in program.layers if not layer.pinned and len(layer.producers) == 1]
     task.say(f"  profiling on {effort.profiled:,} training images")
     seen = profile(program, train.subset(effort.profiled), progress=False)
-    judges = val.subset(effort.judged)
-    preview, repairer = Preview(program, judges.images, judges.labels), Repairer(program, train.images[:SAMPLE])
-    meters = {
-        stage: Meter(preview, repairer, repair, n=len(judges), quick=False, masks={}, precision="auto", file=None)
-        for stage, repair in (("cut", "none"), ("repaired", REPAIR))
-    }
-    return Subject(program, seen, train, judges, test, tuple(inner), effort, meters)
+    return Subject(program, seen, train, val.subset(effort.searched), test, tuple(inner), effort)
 
 
 # Plans ---------------------------------------------
 
 
-def decisions(
-    found: Subject, led_by: str, scores: Mapping[str, str], evens: Mapping[float, Plan], task: Task
-) -> Mapping[str, Plans]:
-    """Plans of the automatic decision, never with more MACs than one ratio for all layers.
-
-    One search, led by one score, gives ratios for all points; at each point they and one ratio for all layers are tried
-    with every score, and what loses least on the validation images is chosen: for each score, and among all of them.
-
-    Returns:
-        By score, and under :data:`AUTOMATIC_SCORE` the best of all, plans by point and stage.
-    """
-    chosen: dict[str, dict[tuple[float, str], Plan]] = {name: {} for name in (AUTOMATIC_SCORE, *scores)}
-    least = min(macs(found, plan) for plan in evens.values())
+def decisions(found: Subject, method: str, criterion: str, evens: Mapping[float, Plan], task: Task) -> Plans:
+    """By point and stage, the plans of the automatic decision, never with more MACs than one ratio for all layers."""
+    chosen: dict[tuple[float, str], Plan] = {}
     for stage, repair in (("cut", "none"), ("repaired", REPAIR)):
-        task.say(f"  deciding by {led_by}, {stage}")
-        steps = decided(found, led_by, least, repair)
+        task.say(f"  deciding for {method}, {stage}")
+        steps = decided(found, criterion, min(macs(found, plan) for plan in evens.values()), repair)
         for speedup, even in evens.items():
             budget = macs(found, even)
             step = next(step for step in steps if macs(found, step.plan) <= budget)
-            tried = {
-                name: [replace(plan, criterion=score, repair="none") for plan in (step.plan, even)]
-                for name, score in scores.items()
-            }
-            loss = partial(loss_of, found, stage)
-            for name, plans in tried.items():
-                chosen[name][speedup, stage] = min(plans, key=loss)
-            best = min((chosen[name][speedup, stage] for name in scores), key=loss)
-            chosen[AUTOMATIC_SCORE][speedup, stage] = best
-            task.say(f"    {speedup:g}×: {best.criterion}, one ratio: {best.settings == even.settings}")
+            chosen[speedup, stage] = replace(step.plan, repair="none")
     return chosen
-
-
-def loss_of(found: Subject, stage: str, plan: Plan) -> float:
-    """Divergence of the cut network's classes from the uncut one's on the validation images."""
-    return found.meters[stage](plan.resolve(found.program, found.profile)).loss
 
 
 def decided(found: Subject, criterion: str, least: int, repair: str) -> tuple[Step, ...]:
@@ -216,7 +160,7 @@ def decided(found: Subject, criterion: str, least: int, repair: str) -> tuple[St
             repair=repair,
             repair_images=None if repair == "none" else found.train.images[:SAMPLE],
             layers=found.layers,
-            n=found.effort.searched,
+            n=len(found.val),
             progress=lambda *_: not steps or steps[-1].flops > 2 * least,
             on_step=steps.append,
         )
@@ -279,15 +223,13 @@ def trained(found: Subject, small: nn.Module, method: str, speedup: float, task:
 
 REMARKS = """\
 Only the first convolution of every block is cut, by all methods. Mean activation, APoZ, L1 and random take one ratio
-of all layers. Result-oriented decides by itself, on 1,000 images held out of the training set (which the given network
-was trained on like all training images): one search, led by its score, gives a ratio to every layer; these ratios and
-one ratio for all layers are tried with each of five scores (the full one; mean activation as information and R = 1;
-α = 0: information alone; α = 1: importance alone; R = 1: importance without correlation), and what diverges least from
-the unpruned network is taken, once for the cut network, once with the repair in the loop for the repaired and trained
-one. The ablations take one score alone. "L1, automatic" is the same decision with L1 as its only score. The repair is
-least squares on 1,000 training images. Training starts from the repaired network: one epoch over 3,000 training images
-with flips and crops, learning rate 0.01, the unpruned network as teacher; of the ablations only L1 was trained. What
-does not depend on a seed stands in the file of seed 0 alone, so that its rows have one seed."""
+of all layers; result-oriented and its ablations (α = 0: information alone, α = 1: importance alone, R = 1: importance
+without correlation, L1: the same decision with L1 in place of the score) decide how much of each layer. The decision
+is made on 1,000 images held out of the training set, which the given network was trained on like all training images:
+once for the cut network, once with the repair in the loop for the repaired and trained one. The repair is least
+squares on 1,000 training images. Training starts from the repaired network: one epoch over 3,000 training images with
+flips and crops, learning rate 0.01, the unpruned network as teacher; of the ablations only L1 was trained. What does
+not depend on a seed stands in the file of seed 0 alone, so that its rows have one seed."""
 
 REPRODUCTIONS = (
     Reproduction(
