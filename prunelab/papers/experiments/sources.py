@@ -72,11 +72,6 @@ def cifar10(
     return _split(*_full(task, "cifar10", mean=mean, std=std), held_out)
 
 
-def embedded(task: Task, held_out: int = 1_000) -> Sets:
-    """The embedded Fashion-MNIST: 10,000 training images but for those held out, the held out, 10,000 test images."""
-    return _embedded() if task.short else _split(*datasets.fashion_mnist(), held_out)
-
-
 def resnet56(task: Task) -> zoo.ResNet:
     """ResNet-56 trained on CIFAR-10 with images normalised as ImageNet's; untrained in a short run.
 
