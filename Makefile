@@ -21,7 +21,7 @@ FIND_CHROMIUM = { test -x "$$PRUNELAB_CHROMIUM" || command -v chromium || comman
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help lab test lint types unit notebooks browser pictures bench bench-structure bench-profile coverage fuzz chromium format clean
+.PHONY: help lab test lint types unit notebooks outputs browser pictures bench bench-structure bench-profile coverage fuzz chromium format clean
 
 help:
 	@echo "make lab        install, then open the explorer in JupyterLab (options: make lab LAB='--no-browser --port 9000')"
@@ -30,6 +30,7 @@ help:
 	@echo "make types      mypy --strict"
 	@echo "make unit       the unit tests"
 	@echo "make notebooks  run every notebook from top to bottom"
+	@echo "make outputs    run the notebooks and keep what they show, for a commit (some: make outputs NOTEBOOKS=notebooks/01-*)"
 	@echo "make browser    drive the explorer in a headless Chromium"
 	@echo "make bench      timings, printed and checked against their budgets"
 	@echo "make bench-structure  Torch-Pruning and prunelab on the same networks; rewrites the README's table (minutes)"
@@ -65,6 +66,10 @@ unit: $(VENV)/.test
 notebooks: $(VENV)/.test
 	@echo "Notebooks, each from top to bottom."
 	@$(APART) $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+
+NOTEBOOKS ?= notebooks/*.ipynb
+outputs: $(VENV)/.test
+	@$(APART) $(PY) tests/support/outputs.py $(NOTEBOOKS)
 
 browser: $(VENV)/.test chromium
 	@echo "Browser tests."

@@ -308,7 +308,8 @@ def copy_notebooks(folder: Path) -> list[str]:
     kept: list[str] = []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
-        if not path.is_file() or any(part.startswith((".", "__")) for part in name.parts):
+        # What `prunelab reproduce` measured is read in the repository; it is no notebook to work in.
+        if not path.is_file() or any(part.startswith((".", "__")) or part == "results" for part in name.parts):
             continue
         target = folder / name
         if not target.exists():

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prunelab.criteria.ranks import ranks
 from prunelab.criteria.registry import Scores, criteria_names, get, scores
 from prunelab.errors import PruneLabError, unknown
 from prunelab.machine import GIB
@@ -233,16 +234,10 @@ def spearman(a: Scores, b: Scores) -> float:
 
     Pearson's correlation of the ranks, equal scores sharing the mean of theirs.
     """
-    x, y = _ranks(a), _ranks(b)
+    x, y = ranks(a), ranks(b)
     x, y = x - x.mean(), y - y.mean()
     norm = float(np.sqrt((x**2).sum() * (y**2).sum()))
     return float((x * y).sum()) / norm if norm else 0.0
-
-
-def _ranks(values: Scores) -> Scores:
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[group], np.float64)
 
 
 def _correlations(all_scores: list[NDArray[np.float64]]) -> Matrix:

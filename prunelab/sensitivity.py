@@ -107,6 +107,11 @@ class Sensitivity:
         """Whether every free layer was measured at every ratio."""
         return len(self.points) == len(self.ratios) * (len(self.channels) - len(self.pinned))
 
+    @property
+    def by(self) -> str:
+        """What chose what goes, in words: a criterion chooses channels, single weights go by their magnitude."""
+        return self.criterion if self.grain == "channel" else "single weights"
+
     def of(self, layer: str) -> tuple[Measured, ...]:
         """What was measured of one layer, by ratio; empty for a pinned one.
 
@@ -173,10 +178,9 @@ class Sensitivity:
 
     def __repr__(self) -> str:
         free = len(self.channels) - len(self.pinned)
-        by = self.criterion if self.grain == "channel" else "single weights"
         return (
             f"Sensitivity of {free} layers ({len(self.pinned)} pinned) at {len(self.ratios)} ratios by "
-            f"{by}, repair {self.repair}: {len(self.points)} of {free * len(self.ratios)} points, each on "
+            f"{self.by}, repair {self.repair}: {len(self.points)} of {free * len(self.ratios)} points, each on "
             f"{self.n:,} images in {self.precision}"
         )
 

@@ -21,7 +21,9 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = tmp_path / "bundled"
     (source / "figures").mkdir(parents=True)
     (source / ".ipynb_checkpoints").mkdir()
-    for name in ("quickstart.ipynb", "lesson.ipynb", "figures/a.txt", ".ipynb_checkpoints/old.ipynb"):
+    (source / "results").mkdir()
+    names = ("quickstart.ipynb", "lesson.ipynb", "figures/a.txt", ".ipynb_checkpoints/old.ipynb", "results/a.md")
+    for name in names:
         (source / name).write_text(json.dumps({"name": name}))
     monkeypatch.setattr(resources, "folder", lambda name: {"notebooks": source}[name])
     user = tmp_path / "user"

@@ -76,12 +76,13 @@ def shipped(folder: str) -> set[str]:
     return {name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)}
 
 
-def test_the_wheel_holds_the_package_the_data_and_the_notebooks(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_the_data_and_the_notebooks_but_no_results(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     expected = {f"prunelab/{name}" for name in shipped("prunelab")}
     for folder in ("data", "notebooks"):
-        expected |= {f"prunelab/_share/{folder}/{name}" for name in shipped(folder)}
+        names = {name for name in shipped(folder) if not name.startswith("results/")}
+        expected |= {f"prunelab/_share/{folder}/{name}" for name in names}
     assert "prunelab/_share/notebooks/quickstart.ipynb" in expected
     assert sorted(expected - inside) == []
     extra = {name for name in inside - expected if ".dist-info/" not in name}

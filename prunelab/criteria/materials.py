@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunelab.criteria.propagation import importance, next_weights
+from prunelab.criteria.responses import by_image, final_response
 from prunelab.profile.gates import of_filters, of_site
 from prunelab.profile.result import Profile, places, site_axis
 from prunelab.program.channels import NORMS, Layer
@@ -118,9 +120,8 @@ def activations(row: Row) -> list[Tensor]:
 
 
 def _by_image(row: Row) -> list[int]:
-    """The sites whose values are kept image by image: not those that have their images in a later dimension."""
-    program = row.program
-    return [site for site in row.sites if program.batch is not None or program.nodes[site].batched[:1] == (True,)]
+    """The sites whose values are kept image by image."""
+    return [site for site in row.sites if by_image(row.program, site)]
 
 
 def _apart(value: Tensor, at: NDArray[np.int64], axis: int) -> Tensor:
@@ -149,6 +150,12 @@ def propagated(row: Row) -> list[Array]:
     return [found[site][row.layer.labels] for site in row.sites]
 
 
+def for_final_response(row: Row, correlated: bool = True) -> list[Array]:
+    """What the final response depends on of every site, shape ``(channels,)``; see :mod:`.responses`."""
+    found = final_response(row.seen, correlated)
+    return [found[site][row.layer.labels] for site in _by_image(row)]
+
+
 MATERIALS: Mapping[str, Material] = MappingProxyType(
     {
         "channels": Material("row", lambda row: [row.layer.channels]),
@@ -159,6 +166,8 @@ MATERIALS: Mapping[str, Material] = MappingProxyType(
         "propagated": Material("site", propagated),
         "statistics": Material("site", statistics, "statistics"),
         "pooled": Material("site", pooled, "pooled"),
+        "final_response": Material("site", for_final_response, "pooled"),
+        "final_response_by_weights": Material("site", partial(for_final_response, correlated=False), "pooled"),
         "activations": Material("site", activations, "activations"),
         "gradients": Material("site", gradients, "gradients"),
         "filter_gradients": Material("filter", filter_gradients, "gradients"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunelab.program.channels import Layer
-from prunelab.program.ids import FIXED
+from prunelab.program.ids import FIXED, Ids
 from prunelab.program.nodes import Node, Ref
 from prunelab.program.program import Program
 from prunelab.program.weighted import Weighted, weight_value, weighted_nodes
 
 Array = NDArray[np.float64]
+Gain = Callable[[int, Ids, Ids], Array | float]
+"""Takes a node with a weight, and the classes that it makes and reads; gives what |W| is multiplied by, of shape
+``(made, read)`` or one that broadcasts to it."""
 
 
 def next_weights(program: Program, layer: Layer) -> Array:
@@ -64,13 +67,17 @@ def importance(program: Program) -> Mapping[int, Array]:
     return known[1]
 
 
-def carried_back(program: Program) -> Mapping[int, Array]:
+def carried_back(program: Program, gain: Gain = lambda node, made, read: 1.0) -> Mapping[int, Array]:
     """Importance of every channel class at every site, s^l = |W^{l+1}|ᵀ s^{l+1} from ones at the network's outputs.
 
     Yu et al. 2018, 'NISP: pruning networks using neuron importance score propagation', arXiv 1711.05908, with ones in
     place of its feature ranking at the last layer (our reading). Carried back operator by operator: weights in absolute
     values, summed over the kernel, with batch norms folded in; branches add up; everything else passes it on. A layer
     that no output is known to depend on starts with ones too.
+
+    Args:
+        gain: what |W| is multiplied by, weight by weight: s_i = Σ_j |W_ji| · gain_ji · s_j. A depthwise convolution,
+            which hands every channel to itself, has none.
 
     Returns:
         by site, shape ``(classes,)``, indexed by channel class; the largest is 1.
@@ -90,7 +97,7 @@ def carried_back(program: Program) -> Mapping[int, Array]:
             continue
         if node.index in sites:
             found[node.index] = share.scaled().values
-        back = _back(program, node, share, weighted.get(node.index)).scaled()
+        back = _back(program, node, share, weighted.get(node.index), gain).scaled()
         for i in node.inputs:
             _give(program, shares, i, back)
     return {site: found.get(site, np.zeros(len(program.structure.label))) for site in sites}
@@ -112,22 +119,23 @@ def _counts(program: Program, node: int) -> Array:
     return np.bincount(labels, minlength=len(program.structure.label)).astype(np.float64)
 
 
-def _back(program: Program, node: Node, share: _Share, use: Weighted | None) -> _Share:
+def _back(program: Program, node: Node, share: _Share, use: Weighted | None, gain: Gain) -> _Share:
     """A share of an operator's value as that of its inputs."""
     if use is not None:
-        return _Share(_through(program, node, use, share.values), share.log)
+        return _Share(_through(program, node, use, share.values, gain), share.log)
     if node.opname == "batch_norm":
         return _Share(share.values * _norm(program, node), share.log)
     return share
 
 
-def _through(program: Program, node: Node, use: Weighted, share: Array) -> Array:
-    """|W|ᵀ s; a depthwise convolution gives each channel's to the channel itself."""
+def _through(program: Program, node: Node, use: Weighted, share: Array, gain: Gain) -> Array:
+    """(|W| · gain)ᵀ s; a depthwise convolution gives each channel's to the channel itself."""
     label = program.structure.label
     weight = weight_value(program, use.weight).abs()
     made = use.ids(program, use.dim)
     if made is None:
-        return share
+        # A single output is no channel, and so has no share: it is all that there is.
+        made, share = np.full(weight.shape[use.dim], FIXED), np.eye(1, len(label), FIXED)[0]
     # A channel that stands in several places has its share spread evenly over them.
     each = (share / np.maximum(np.bincount(label[made], minlength=len(label)), 1))[label[made]]
     if int(node.args.get("groups", 1)) > 1 and weight.shape[1] == 1:
@@ -137,7 +145,8 @@ def _through(program: Program, node: Node, use: Weighted, share: Array) -> Array
         read = use.ids(program, dim)
         if dim != use.dim and read is not None:
             matrix = weight.movedim((use.dim, dim), (0, 1)).reshape(len(made), len(read), -1).sum(2)
-            found += np.bincount(label[read], each @ matrix.numpy(), len(share))
+            gained = matrix.numpy() * gain(node.index, label[made], label[read])
+            found += np.bincount(label[read], each @ gained, len(share))
     return found
 
 

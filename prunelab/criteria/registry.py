@@ -80,6 +80,8 @@ def register(name: str, needs: str | Sequence[str]) -> Callable[[Callable[..., A
     - ``activations``: a tensor ``(images, channels, …)``;
     - ``gradients``, ``filter_gradients``: :class:`~prunelab.profile.gates.Gates` at the sites, behind the filters;
     - ``propagated``: importance carried back from the outputs, ``(channels,)``;
+    - ``final_response``: importance for the final response, along weights and correlated channels, ``(channels,)``;
+      ``final_response_by_weights`` without the correlations;
     - ``next_weights``: norms of the weights that read each channel, ``(channels,)``;
     - ``channels``, ``seed``: how many there are, and a generator of random numbers.
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunelab.criteria.registry import register
+from prunelab.criteria.responses import correlation
 
 Scores = NDArray[np.float64]
 
@@ -47,15 +48,10 @@ def redundancy(pooled: Scores) -> Scores:
     Returns:
         shape ``(channels,)``, 0 to 1.
     """
-    centred = pooled - pooled.mean(axis=0)
-    norms = np.sqrt((centred**2).sum(axis=0))
-    # What is left of a constant after its mean is taken away is rounding.
-    constant = norms <= 1e-12 * np.sqrt(len(pooled)) * np.abs(pooled).max(axis=0, initial=0.0)
-    unit = centred / np.where(constant, 1.0, norms)
-    alike = np.abs(unit.T @ unit)
-    alike[:, constant] = alike[constant] = 0.0
+    alike = correlation(pooled, pooled)
+    constant = np.diag(alike) == 0
     np.fill_diagonal(alike, 0.0)
-    return np.where(constant, 0.0, np.clip(1.0 - alike.max(axis=1), 0.0, 1.0))
+    return np.where(constant, 0.0, 1.0 - alike.max(axis=1))
 
 
 @register("independence", needs="activations")

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunelab.errors import PruneLabError
 from prunelab.explorer import plots
+from prunelab.explorer.best_view import BestView
 from prunelab.explorer.choosing import Choosing
 from prunelab.explorer.desk import (
     Desk,
@@ -29,6 +30,7 @@ from prunelab.explorer.desk import (
 )
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.scan_view import ScanView
+from prunelab.explorer.summary import summary
 from prunelab.explorer.tools import Tools
 from prunelab.explorer.train_view import TrainView
 from prunelab.explorer.worker import Worker
@@ -117,6 +119,7 @@ class Explorer(w.VBox):
             "export network", self._on_export, "Write the current network: .pt2 or .safetensors"
         )
         self._tools = Tools(self)
+        self._best = BestView(self)
         self._training = TrainView(self)
         self._path = w.Text("plan.json", description="file", layout=w.Layout(width="230px"))
         self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
@@ -127,6 +130,7 @@ class Explorer(w.VBox):
                 self._repair, self._measure, self._scan, self._tools.speed, self._tools.changed, self._commit,
                 self._stopper,
             ),
+            self._line(*self._best.controls),
             self._repaired,
             self._tools.times,
             self._training.controls,
@@ -149,13 +153,14 @@ class Explorer(w.VBox):
         # The desk is measured by container queries, so its content gives it no width: it comes from outside.
         self.desk.layout = w.Layout(width="100%")
         left = w.VBox([self.desk, controls], layout=w.Layout(flex="3 1 640px", min_width="0", margin="0 8px 8px 0"))
-        for picture in (self._scatter, self._details, self._training.picture, self._scans.picture):
+        pictures = [self._scatter, self._details, self._best.picture, self._training.picture, self._scans.picture]
+        for picture in pictures:
             picture.layout = w.Layout(
                 flex="1 1 300px", min_width="0", max_width="460px", height="auto", object_fit="contain",
                 display=picture.layout.display,
             )  # fmt: skip
         right = w.Box(
-            [self._scatter, self._details, self._training.picture, self._scans.picture, *self._tools.pictures],
+            [*pictures, *self._tools.pictures],
             layout=w.Layout(display="flex", flex_flow="row wrap", flex="1 1 320px", min_width="0"),
         )
         flow = w.Layout(display="flex", flex_flow="row wrap", width="100%", align_items="flex-start")
@@ -293,6 +298,7 @@ class Explorer(w.VBox):
             if change["name"] == "dark" and wanted():
                 self._draw_scatter()
                 self._scans.draw()
+                self._best.draw()
                 self._training.draw()
                 self._tools.draw(wanted)
             if self.desk.estimate.get("state") != "ready":
@@ -382,6 +388,7 @@ class Explorer(w.VBox):
         for widget in (
             self._measure,
             self._scan,
+            *self._best.controls,
             *self._choosing.controls,
             self._grain,
             self._ratio,
@@ -460,21 +467,7 @@ class Explorer(w.VBox):
 
     def summary(self) -> str:
         """The plan in plain HTML, for a saved notebook that no kernel runs behind."""
-        head, figures, layers = header_of(self.lab), figures_of(self.lab), layers_of(self.lab)
-        rows = "".join(
-            f"<tr><td>{html.escape(layer.name)}</td><td>{layers[layer.name]['kept']}/{layer.channels}</td>"
-            f"<td>{html.escape(layer.pinned)}</td></tr>"
-            for layer in self.lab.program.layers
-        ) + "".join(
-            f"<tr><td>{html.escape(unit)}</td><td>removed</td><td></td></tr>" for unit in self.lab.plan.bypassed
-        )
-        last = self.lab.points[-1] if self.lab.points else None
-        accuracy = f", accuracy {last.accuracy:.2%} on {last.n:,} images" if last else ""
-        return (
-            f"<p><b>{html.escape(head['title'])}</b>, {html.escape(head['note'])}: {figures['params0']:,} → "
-            f"{figures['params']:,} parameters, {figures['flops0']:,} → {figures['flops']:,} FLOPs{accuracy}</p>"
-            f"<table><tr><th>layer</th><th>kept</th><th>pinned because</th></tr>{rows}</table>"
-        )
+        return summary(self.lab)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         bundle = super()._repr_mimebundle_(**kwargs)

@@ -40,13 +40,13 @@ function makeCurve() {
       setAttribute(paths[side].area, "d", area);
     });
   };
-  /** The row's curve, along a slider that removes all channels but one at most, or nothing; gives the words for it. */
-  const update = (curves, row, gone) => {
+  /** The row's curve, cut at a share, along a slider that goes up to a share; gives the words for it. */
+  const update = (curves, row, cut, largest) => {
     const measured = row.channels > 1 && curves.layers?.[row.name];
     node.classList.toggle("pl-stale", Boolean(curves.stale));
     setAttribute(node, "visibility", measured ? null : "hidden");
     if (!measured) return "";
-    draw(curves, [[0, curves.base], ...measured], gone / row.channels, 1 - 1 / row.channels);
+    draw(curves, [[0, curves.base], ...measured], cut, largest);
     const words = curveWords(curves, measured);
     setAttribute(node, "aria-label", words);
     return words;
@@ -55,10 +55,10 @@ function makeCurve() {
 }
 
 /** For those who cannot see the curve: its measured point that is nearest to the cut. */
-function aloneWords(curves, row, gone) {
-  const measured = gone > 0 && curves.layers?.[row.name];
+function aloneWords(curves, row, cut) {
+  const measured = cut > 0 && curves.layers?.[row.name];
   if (!measured) return "";
-  const far = ([share]) => Math.abs(share - gone / row.channels);
+  const far = ([share]) => Math.abs(share - cut);
   const near = measured.reduce((best, point) => (far(point) < far(best) ? point : best));
   return `; alone, accuracy ${plain(100 * near[1], 1)} % with ${percent(near[0])} removed${curves.stale ? ", stale" : ""}`;
 }

@@ -233,10 +233,11 @@ function makeRow(first) {
     const [none, result] = [entry.rule === "none" ? "none" : DASH, `keeps ${left} of ${row.channels}`];
     common.update(row, left, noteOf(row, entry, now), largest);
     spark.update(row, now.units ? now.gone : 0, entry.rule === "manual");
-    const shown = now.units ? curves : {};
-    setAttribute(lane, "title", curve.update(shown, row, now.gone) || null);
+    const shown = entry.grain === curves.grain ? curves : {};
+    const [cut, most] = now.units ? [now.gone / row.channels, 1 - 1 / row.channels] : [now.ratio ?? 0, 0.99];
+    setAttribute(lane, "title", curve.update(shown, row, cut, most) || null);
     setText(ratioText, now.ratio === null ? DASH : percent(now.ratio));
-    setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}${aloneWords(shown, row, now.gone)}`);
+    setSlider(ratio, now.ratio ?? 0, `${now.ratio === null ? "not known" : percent(now.ratio)}, ${result}${aloneWords(shown, row, cut)}`);
     setText(stdText, now.std === null ? none : `${plain(now.std, 2)}${NNBSP}σ`);
     setSlider(std, Math.max(STD_RANGE.min, Math.min(-(now.std ?? 3), STD_RANGE.max)),
       now.std === null ? "none" : `${plain(now.std, 2)} standard deviations below the mean, ${result}`);

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunelab.commit import commit
 from prunelab.datasets import class_names, displayed
 from prunelab.errors import PruneLabError
+from prunelab.explorer.best_planning import take_best_plan
 from prunelab.explorer.planning import Planning
 from prunelab.explorer.scanning import Scanned, scan
 from prunelab.explorer.stage import Point, Stage
@@ -33,6 +34,7 @@ from prunelab.progress import Progress
 from prunelab.repair import Repaired, Repairer, sample_of
 from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
+from prunelab.search import Best
 from prunelab.sensitivity import Sensitivity
 from prunelab.train.csgd import Squeezed
 from prunelab.train.keeping import Kept, read_lab, write_lab
@@ -217,6 +219,23 @@ class Lab(Planning):
         if settings.get("repair", self.plan.repair) != "none":
             settings.setdefault("repair_images", sample_of(self.train))
         return scan(self, **settings)
+
+    def best_plan(self, **settings: Any) -> Best:
+        """Search for the best plan by this one's criterion and repair, and take it: one step of undo.
+
+        Locked settings, removed blocks and layers, and the multiple stay. It chooses by images of ``val``: test what
+        comes out on others.
+
+        Args: as :func:`prunelab.best_plan`, for example ``flops=0.5``, ``params=0.3`` or ``drop=0.01``.
+
+        Raises:
+            PruneLabError: as there; the plan stays as it was.
+            Stopped: ``progress`` said so; the plan stays as it was.
+        """
+        settings.setdefault("n_found", self._probe)
+        if settings.get("repair", self.plan.repair) != "none":
+            settings.setdefault("repair_images", sample_of(self.train))
+        return take_best_plan(self, **settings)
 
     def _measured(
         self,

@@ -147,6 +147,8 @@ def _histogram(axes: Any, lab: Lab, layer: Layer, score: Any, gone: Any, c: Mapp
         xlabel="score (lines: mean and ±1 std)",
         ylabel="channels",
     )
+    # Scores near each other have long labels, which would run into one another.
+    axes.locator_params(axis="x", nbins=5)
     axes.legend(fontsize=7, frameon=False, labelcolor=c["ink"])
     _dress(axes, c)
 

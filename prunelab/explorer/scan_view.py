@@ -43,4 +43,4 @@ class ScanView:
         finally:
             self.draw()
         free = len(found.channels) - len(found.pinned)
-        return f"Scanned {free} layers by {found.criterion} at {len(found.ratios)} ratios, {found.n:,} images each."
+        return f"Scanned {free} layers by {found.by} at {len(found.ratios)} ratios, {found.n:,} images each."

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prunelab.plan import Plan, Setting
-from prunelab.program.channels import Layer
+from prunelab.plan import Setting
 from prunelab.program.program import Program
 from prunelab.sensitivity import Measured, Sensitivity, sensitivity
 
@@ -56,12 +55,9 @@ def scan(lab: Lab, on_layer: Callable[[Sensitivity], None] | None = None, **sett
     return sensitivity(program, preview.images, preview.labels, profile=lab.profile, on_layer=keep, **given)
 
 
-def _grain(plan: Plan, layer: Layer) -> str:
-    return plan.settings.get(layer.name, Setting()).grain
-
-
 def _common_grain(lab: Lab) -> str:
-    grains = {_grain(lab.plan, layer) for layer in lab.program.layers if not layer.pinned}
+    free = [layer.name for layer in lab.program.layers if not layer.pinned]
+    grains = {lab.plan.settings.get(name, Setting()).grain for name in free}
     return grains.pop() if len(grains) == 1 else "channel"
 
 
@@ -71,9 +67,11 @@ def stale(lab: Lab) -> str:
         return ""
     plan, found = lab.plan, lab.scanned.found
     seed = found.seed != plan.seed and plan.criterion == "random"
+    # Single weights go by their magnitude, whatever scores the channels.
+    scored = found.grain == "channel"
     differs = {
-        f"by {found.criterion}": found.criterion != plan.criterion or seed,
-        f"combined by {found.combine}": found.combine != plan.combine,
+        f"by {found.criterion}": scored and (found.criterion != plan.criterion or seed),
+        f"combined by {found.combine}": scored and found.combine != plan.combine,
         "without repair" if found.repair == "none" else f"with repair {found.repair}": found.repair != plan.repair,
         "with other blocks and layers removed": lab.scanned.program.bypassed != plan.bypassed,
     }
@@ -84,8 +82,8 @@ def curves_of(lab: Lab) -> dict[str, Any]:
     """The scan for the browser: a curve per row, and the one scale of them all.
 
     A curve's points are the share of channels that are gone, the accuracy, its change and the change's half width.
-    Rows whose layer is another one than when it was measured, or that are cut by another grain, have no curve; a scan
-    of another network gives none.
+    Rows whose layer is another one than when it was measured have no curve; a scan of another network gives none. The
+    browser shows a curve only where the row's grain is the scan's.
     """
     scanned = lab.scanned
     if scanned is None or scanned.program.base is not lab.stage.program or not scanned.found.points:
@@ -95,16 +93,14 @@ def curves_of(lab: Lab) -> dict[str, Any]:
     same = [
         layer.name
         for layer in lab.program.layers
-        if layer.name in then
-        and then[layer.name].producers == layer.producers
-        and _grain(lab.plan, layer) == found.grain
-        and found.of(layer.name)
+        if layer.name in then and then[layer.name].producers == layer.producers and found.of(layer.name)
     ]
     return {
         "base": found.base,
         "least": min(point.accuracy for point in found.points),
         "most": max(found.base, *(point.accuracy for point in found.points)),
         "n": found.n,
+        "grain": found.grain,
         "precision": found.precision,
         "stale": stale(lab),
         "layers": {name: [_plain(p, found) for p in found.of(name)] for name in same},

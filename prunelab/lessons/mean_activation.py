@@ -133,7 +133,7 @@ def _cases() -> tuple[_Case, ...]:
     rare[7, 4], rare[9, 1] = 60 * others.max(), 30 * others.min()
     return (
         _Case(layer(40, 10, 5, 5), 0.5, "The score of a channel is its mean over all images and all positions."),
-        _Case(layer(30, 7, 4, 4), 0.45, "What goes is the ratio times the number of channels, rounded down."),
+        _Case(layer(30, 7, 4, 4), 0.55, "What goes is the ratio times the number of channels, rounded down."),
         _Case(ties, 0.25, "Several channels never respond: all are equal, but only as many go as the ratio says."),
         _Case(rare, 0.5, "Two channels are silent on all images but one: those images count as much as the others."),
         _Case(layer(60, 12), 0.75, "This layer is linear: its responses have no positions, shape (images, neurons)."),

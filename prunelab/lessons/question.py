@@ -48,6 +48,10 @@ class Question:
             raise unknown("choice", choice, self.choices)
         return Verdict(choice == self.right, self.choices[choice])
 
+    def __str__(self) -> str:
+        """The question and its choices in plain text, without the answer."""
+        return "\n".join([self.text, *(f"  - {choice}" for choice in self.choices)])
+
     def form(self) -> str:
         """The question in plain HTML: the choices as a list, the answer folded."""
         listed = "".join(f"<li>{prose(choice)}</li>" for choice in self.choices)
@@ -74,8 +78,10 @@ class Question:
             said.value = "Choose one first." if chosen is None else self.answer(chosen)._repr_html_()
 
         see.on_click(judge)
-        return w.VBox([w.HTML(f'<div style="{_WIDE}"><b>{prose(self.text)}</b></div>'), radio, see, said])
+        return w.VBox(
+            [w.HTML(f'<div style="{_WIDE}; line-height: 1.4"><b>{prose(self.text)}</b></div>'), radio, see, said]
+        )
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         shown = self.widget()._repr_mimebundle_()
-        return {**shown, "text/plain": repr(self), "text/html": self.form()}
+        return {**shown, "text/plain": str(self), "text/html": self.form()}

@@ -26,7 +26,8 @@ STAGES = ("dense", "cut", "repaired", "trained")
 """When a network was measured: unpruned, just cut, with its weights corrected, or trained after the cut."""
 
 FORMAT = 1
-_AT_ONCE = 500
+# Few enough that the values of a small network stay in a processor's cache.
+_AT_ONCE = 100
 _LATENCY_BATCH = 64
 
 Paper = Mapping[tuple[str, str], Mapping[str, float]]
@@ -45,7 +46,7 @@ class Measure:
         n: test images.
         params: parameters; ``nonzero`` without single weights that are zero; ``macs`` per image.
         latency: how many times as fast as the dense network, measured; None where it was not.
-        seconds: wall time since the measure before.
+        seconds: since the measure before; processor time where a CPU computes, wall time where a GPU does.
         note: what a reader must know.
     """
 
@@ -77,7 +78,7 @@ class Run:
         versions: of Python and the packages that decide results, by name.
         hardware: in words.
         shortened: what was made shorter than the reproduction asks, in a sentence; empty where nothing was.
-        seconds: wall time of the whole run.
+        seconds: of the whole run, as in :class:`Measure`; without what was computed between a measure and a break.
         complete: whether it ran to its end.
     """
 

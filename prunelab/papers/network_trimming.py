@@ -15,7 +15,7 @@ neurons that it looks at or costs more than half a point of accuracy after retra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def network_trimming(model: nn.Module, train: Any, val: Any, **settings: Any) ->
     for found, network in trimmings(model, train, val, **settings):
         rounds.append(found)
         small = network if found.taken else small
-    return (small if rounds else copy.deepcopy(model)), tuple(rounds)
+    return (copy.deepcopy(model) if small is model else small), tuple(rounds)
 
 
 def trimmings(
@@ -176,9 +176,6 @@ def _next_plan(
     return None
 
 
-# The paper's own widths, and the control ---------------------------------------------
-
-
 def to_widths(program: Program, widths: Mapping[str, int]) -> Plan:
     """The plan that leaves so many neurons of each layer, those of the lowest APoZ.
 
@@ -192,42 +189,3 @@ def to_widths(program: Program, widths: Mapping[str, int]) -> Plan:
             raise PruneLabError(f"Layer {name!r} has {channels} channels: it cannot be left with {width}.")
         plan = plan.set(name, ratio=(channels - width) / channels)
     return plan
-
-
-def default_weights(model: nn.Module) -> None:
-    """Give every module the weights that PyTorch gives a new one."""
-    for part in model.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if reset is not None:
-            reset()
-
-
-def he_weights(model: nn.Module) -> None:
-    """The same, and convolutions as He et al. 2015, arXiv 1502.01852, without biases: for deep networks."""
-    default_weights(model)
-    for part in model.modules():
-        if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-
-
-def from_scratch(
-    small: nn.Module,
-    train: Any,
-    val: Any,
-    *,
-    weights: Callable[[nn.Module], None] = default_weights,
-    folder: Path | None = None,
-    **settings: Any,
-) -> nn.Module:
-    """The control: a network of the same widths with new weights, trained; the given one is not changed.
-
-    Args:
-        weights: gives a network its new weights, from PyTorch's random numbers.
-        settings: those of :class:`prunelab.Recipe`.
-    """
-    fresh = copy.deepcopy(small)
-    weights(fresh)
-    finetune(fresh, train, val, folder=folder, progress=False, **settings)
-    return fresh

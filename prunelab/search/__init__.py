@@ -44,7 +44,8 @@ def best_plan(
     layers: Sequence[str] | None = None,
     limits: Mapping[str, float] = MappingProxyType({}),
     masks: Mapping[str, Tensor] = MappingProxyType({}),
-    n: int = 500,
+    n: int = 256,
+    n_found: int | None = None,
     precision: Precision = "auto",
     progress: Progress | bool = True,
     on_step: Callable[[Step], None] | None = None,
@@ -70,12 +71,13 @@ def best_plan(
         criterion: what says which channels of a layer go first, as in :class:`prunelab.Plan`; ``seed`` and
             ``combine`` as there.
         repair: one of :data:`prunelab.plan.REPAIRS`, done for every measurement from ``repair_images``; steps of the
-            search use its quick form where it has one.
+            search take a quicker one in the place of least squares.
         start: a plan whose locked settings, bypassed units and multiple stay as they are.
         layers: names of those that may be cut; all that are neither pinned nor locked unless given.
         limits: the largest ratio of a layer, by name.
         masks: weights that are zero and that no repair may fill, by parameter name, True where a weight stays.
         n: images that steps are measured on; fewer than there are are drawn at random, always the same.
+        n_found: images that the plan found is measured on; all unless told.
         precision: as :meth:`prunelab.Preview.estimates`.
         progress: True shows a bar; a function is called after every hundredth and stops by returning False.
         on_step: called with every step as soon as it is taken.
@@ -96,6 +98,7 @@ def best_plan(
         repair_images=repair_images,
         masks=masks,
         n=n,
+        n_found=n_found,
         precision=precision,
         cache=cache,
         memory=memory,

@@ -1,4 +1,4 @@
-"""The picture of a search: accuracy against FLOPs, plans of one ratio beside it."""
+"""The picture of a search: change of accuracy against FLOPs, plans of one ratio beside it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ def draw(best: Best, dark: bool = False) -> Figure:
     figure = Figure(figsize=(4.6, 3.2), dpi=150, layout="constrained")
     figure.patch.set_alpha(0.0)
     axes = figure.add_subplot()
-    dense = (100.0, 100 * best.base)
-    _line(axes, best, best.uniforms, dense, "gone", "one ratio for all layers", c)
-    _line(axes, best, best.steps, dense, "kept", "steps of the search", c)
+    _line(axes, best, best.uniforms, "gone", "one ratio for all layers", c)
+    _line(axes, best, best.steps, "kept", "steps of the search", c)
     if best.uniform is not None:
         _point(axes, best, best.uniform, "gone", "", c)
     _point(axes, best, best.found, "mark", "the plan found", c)
-    axes.axhline(dense[1], color=c["faint"], lw=0.6)
+    axes.axhline(0.0, color=c["faint"], lw=0.6)
     axes.invert_xaxis()
     axes.set_xlabel("FLOPs left (%)")
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel("change of accuracy (points)")
+    quicker = ", a quicker one for the steps" if best.plan.repair.startswith("least-squares") else ""
     axes.set_title(
-        f"best plan for {best.wish}\nby {best.plan.criterion}, repair {best.plan.repair}; uncut {dense[1]:.1f} %",
+        f"best plan for {best.wish} by {best.plan.criterion}: {best.found.accuracy:.1%}, uncut {best.base:.1%}\n"
+        f"repair {best.plan.repair}{quicker}",
         fontsize=9,
     )
-    axes.legend(fontsize=7, frameon=False, labelcolor=c["ink"], loc="lower left")
+    axes.legend(fontsize=8, frameon=False, labelcolor=c["ink"], loc="lower left")
     _dress(axes, c)
     return figure
 
@@ -43,19 +44,18 @@ def _line(
     axes: Any,
     best: Best,
     tried: Sequence[Tried],
-    dense: tuple[float, float],
     ink: str,
     label: str,
     c: Mapping[str, str],
 ) -> None:
-    x = [dense[0], *(100 * t.flops / best.flops for t in tried)]
-    y = [dense[1], *(100 * t.accuracy for t in tried)]
+    x = [100.0, *(100 * t.flops / best.flops for t in tried)]
+    y = [0.0, *(100 * t.change for t in tried)]
     n = f" (n = {tried[0].n:,})" if tried else ""
     axes.plot(x, y, "o-", color=c[ink], lw=1.3, ms=2.5, label=label + n)
 
 
 def _point(axes: Any, best: Best, tried: Tried, ink: str, label: str, c: Mapping[str, str]) -> None:
-    x, y = 100 * tried.flops / best.flops, 100 * tried.accuracy
+    x, y = 100 * tried.flops / best.flops, 100 * tried.change
     axes.errorbar([x], [y], 100 * np.array([[tried.half], [tried.half]]), fmt="D", color=c[ink], ms=5, capsize=2,
                   label=f"{label} (n = {tried.n:,})" if label else None, zorder=4)  # fmt: skip
 

@@ -99,8 +99,8 @@ class Best:
         wish: what was asked.
         found: the plan, measured on all images with the repair itself.
         uniform: the same for the plan that takes one ratio for all layers and grants the wish too, where there is one.
-        steps: of the search, in order, each measured on ``n`` images, with the quick form of the repair where it has
-            one.
+        steps: of the search, as they were tried, each measured on ``n`` images, with a quicker repair in the place of
+            least squares (:class:`prunelab.search.meter.Meter`). With a drop alone some go too far, and it turns back.
         uniforms: plans of one ratio, measured as the steps.
         flops, params, base: of the uncut network; ``base`` is its accuracy on all images.
         precision: of the arithmetic.
@@ -129,7 +129,7 @@ class Best:
         return pd.DataFrame([{name: getattr(step, name) for name in columns} for step in self.steps], columns=columns)
 
     def figure(self, dark: bool = False) -> Figure:
-        """Accuracy against FLOPs: the steps of the search, plans of one ratio beside them, and the plan found."""
+        """Change of accuracy against FLOPs: the steps, plans of one ratio beside them, and the plan found."""
         from prunelab.search.figure import draw
 
         return draw(self, dark)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -21,9 +23,10 @@ from prunelab.search.moves import exchanged, path
 from prunelab.search.result import Best, Step, Tried, Wish
 from prunelab.search.space import RATIOS, Choice, Space
 
-# What is done, of all, when the path is at its end and when the exchanges are.
-_PATH, _EXCHANGES = 0.6, 0.95
-_MOST_EXCHANGES = 8
+T = TypeVar("T")
+
+_PATH = 0.6
+"""Of the work, as shown, when the path is at its end."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
 _FINE = tuple(k / 200 for k in range(191))
@@ -45,20 +48,22 @@ class Search:
         repair_images: Tensor | None,
         masks: Mapping[str, Tensor],
         n: int,
+        n_found: int | None,
         precision: Precision,
         cache: Path | str | bool,
         memory: int,
         on_step: Callable[[Step], None] | None,
     ) -> None:
         """Args: as :func:`prunelab.search.best_plan`."""
-        if n < 1:
-            raise PruneLabError(f"A search needs at least one image, not n={n}.")
+        total = len(labels) if n_found is None else min(n_found, len(labels))
+        if min(n, total) < 1:
+            raise PruneLabError(f"A search needs at least one image, not n={n} and n_found={n_found}.")
         self._wish = wish
         self._space = space
         self._tell = on_step or (lambda _: None)
         self._dense = cost(space.program)
         preview = Preview(space.program, images, labels, memory=Cache(memory))
-        self._base = preview.accuracy(precision=precision)
+        self._base = preview.accuracy(n=total, precision=precision)
         repair = space.fixed.repair
         sample = None if repair == "none" else repair_images
 
@@ -72,10 +77,12 @@ class Search:
             repairer = Repairer(space.program, images_of_repair)
             return Meter(preview, repairer, repair, n=n, quick=quick, masks=masks, precision=precision, file=file)
 
-        self._rough = meter(None if sample is None else sample[:_SEARCH_SAMPLE], min(n, len(labels)), True)
-        self._exact = meter(sample, len(labels), False)
+        self._rough = meter(None if sample is None else sample[:_SEARCH_SAMPLE], min(n, total), True)
+        self._exact = meter(sample, total, False)
         self._sizes: dict[Choice, tuple[int, int]] = {}
         self._losses: dict[Choice, float] = {}
+        self._choices = [space.whole]
+        self._steps: list[Step] = []
 
     # What is known of a choice ---------------------------------------------
 
@@ -96,8 +103,13 @@ class Search:
         shares = {"FLOPs": flops / max(self._dense.flops, 1), "parameters": params / max(self._dense.params, 1)}
         return {name: shares[name] for name in self._wish.budgets or ("FLOPs",)}
 
-    def _fits(self, choice: Choice) -> bool:
-        return self._lack(choice) <= 0
+    def _no_larger_than(self, choice: Choice) -> Callable[[Choice], bool]:
+        """What an exchange must keep to: the budgets, or the size there is."""
+        most = self._size(choice)
+        return lambda other: self._lack(other) <= 0 if self._wish.budgets else self._size(other) <= most
+
+    def _exactly(self, choice: Choice) -> Tried:
+        return self._tried(self._space.plan(choice), self._exact)
 
     def _loss(self, choice: Choice) -> float:
         if choice not in self._losses:
@@ -129,29 +141,68 @@ class Search:
             PruneLabError: no plan grants the wish, with what can be had.
         """
         self._refuse_unreachable()
-        steps: list[Step] = []
-        choices = [self._space.whole]
-        for choice in path(self._space.whole, self._space.last, self._loss, self._lack, _STRIDE):
-            steps.append(self._step(choices[-1], choice))
-            choices.append(choice)
-            yield _PATH * self._share_done(steps[-1], choice)
-            if self._hopeless(steps[-1]):
-                break
+        last = self._space.last
+        yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE))
         if self._wish.budgets:
-            size, last = self._size, self._space.last
-            for k, choice in enumerate(exchanged(choices[-1], last, self._loss, self._fits, size, _MOST_EXCHANGES)):
-                steps.append(self._step(choices[-1], choice))
-                choices.append(choice)
-                yield _PATH + (_EXCHANGES - _PATH) * (k + 1) / _MOST_EXCHANGES
-        found, uniform = self._last(choices), self._uniform()
+            self._go_to(min(self._choices[-1], self._same_rungs(), key=self._loss))
+        else:
+            self._turn_back()
+        now = self._choices[-1]
+        yield from self._go(exchanged(now, last, self._loss, self._no_larger_than(now), self._size))
+        if not self._wish.budgets:
+            yield from self._go(path(self._choices[-1], last, self._loss, self._lack, 1))
+            self._turn_back()
+        self._end()
+
+    def _go(self, choices: Iterator[Choice]) -> Iterator[float]:
+        """Step after step, until the loss is hopeless."""
+        for choice in choices:
+            step = self._go_to(choice)
+            if self._hopeless(step, choice):
+                return
+            yield self._share_done(step, choice)
+
+    def _hopeless(self, step: Step, choice: Choice) -> bool:
+        """Whether there is no use in going on: with a drop alone, where a step has lost more than the wish bears.
+
+        The few images and the quick repair of a step only say when it is time to measure as at the end.
+        """
+        if self._wish.budgets or self._wish.drop is None or step.change + step.half >= -self._wish.drop:
+            return False
+        return not self._grants(self._exactly(choice))
+
+    def _go_to(self, choice: Choice) -> Step:
+        """Take one step."""
+        before = self._choices[-1]
+        k = max(range(len(choice)), key=lambda k: choice[k] - before[k])
+        tried = self._tried(self._space.plan(choice), self._rough)
+        values = {field.name: getattr(tried, field.name) for field in fields(Tried)}
+        step = Step(**values, layer=self._space.layers[k].name, ratio=self._space.rungs[k][choice[k]])
+        if choice != before:
+            self._choices.append(choice)
+            self._steps.append(step)
+            self._tell(step)
+        return step
+
+    def _turn_back(self) -> None:
+        """To the last choice that is within the drop, by bisection."""
+        found = last_that(self._choices[1:], lambda choice: self._grants(self._exactly(choice)))
+        if found is None:
+            raise PruneLabError(self._too_much("Even the first step of the search", self._exactly(self._choices[1])))
+        self._choices = self._choices[: self._choices.index(found) + 1]
+
+    def _end(self) -> None:
+        """Measure what was found as it will be committed, beside one ratio for all layers."""
+        found, uniform = self._exactly(self._choices[-1]), self._uniform()
         if uniform is not None and self._better(uniform, found):
             found = uniform
-        self._refuse_loss(found)
+        if not self._grants(found):
+            raise PruneLabError(self._too_much(f"The best plan found for {self._wish}", found))
         self.best = Best(
             wish=self._wish,
             found=found,
             uniform=uniform,
-            steps=tuple(steps),
+            steps=tuple(self._steps),
             uniforms=self._uniforms(found),
             flops=self._dense.flops,
             params=self._dense.params,
@@ -159,44 +210,20 @@ class Search:
             precision=self._base.precision,
         )
 
-    def _step(self, before: Choice, now: Choice) -> Step:
-        """What a step has done; of an exchange, the layer that pays."""
-        k = max(range(len(now)), key=lambda k: now[k] - before[k])
-        tried = self._tried(self._space.plan(now), self._rough)
-        values = {name: getattr(tried, name) for name in Tried.__dataclass_fields__}
-        step = Step(**values, layer=self._space.layers[k].name, ratio=self._space.rungs[k][now[k]])
-        self._tell(step)
-        return step
-
     def _share_done(self, step: Step, choice: Choice) -> float:
-        if self._wish.budgets:
-            return 1 - self._lack(choice) / self._lack(self._space.whole)
-        assert self._wish.drop is not None
-        return float(np.clip(-step.change / (self._wish.drop + step.half), 0, 1))
-
-    def _hopeless(self, step: Step) -> bool:
-        """Whether a step has certainly lost more than the wish bears, so that there is no use in going on."""
-        drop = self._wish.drop
-        return not self._wish.budgets and drop is not None and step.change + step.half < -drop
+        """Of the work: how near the path is to its end, then ever slower with every exchange."""
+        lack = self._lack(self._space.whole)
+        if self._wish.budgets and self._lack(choice) > 0:
+            return _PATH * (1 - self._lack(choice) / lack)
+        if not self._wish.budgets and len(self._steps) == len(self._choices) - 1:
+            return _PATH * float(np.clip(-step.change / (float(self._wish.drop or 0) + step.half), 0, 1))
+        return 1 - (1 - _PATH) * 0.95 ** len(self._steps)
 
     def _grants(self, tried: Tried) -> bool:
         """Whether what was measured is within the drop."""
         if self._wish.drop is None:
             return True
         return tried.change - (tried.half if self._wish.certain else 0.0) >= -self._wish.drop
-
-    def _last(self, choices: list[Choice]) -> Tried:
-        """The choice at the end; with a drop alone the last that grants it, by bisection."""
-        if self._wish.budgets:
-            return self._tried(self._space.plan(choices[-1]), self._exact)
-        found = last_that([self._space.plan(choice) for choice in choices[1:]], self._granted)
-        if found is None:
-            first = self._tried(self._space.plan(choices[1]), self._exact)
-            raise PruneLabError(self._too_much("Even the first step of the search", first))
-        return self._tried(found, self._exact)
-
-    def _granted(self, plan: Plan) -> bool:
-        return self._grants(self._tried(plan, self._exact))
 
     def _uniform(self) -> Tried | None:
         """The plan of one ratio for all layers that grants the wish too, with the most left of a budget."""
@@ -205,8 +232,14 @@ class Search:
             fitting = (plan for plan in plans if self._plan_fits(plan))
             plan = next(fitting, None)
         else:
-            plan = last_that(plans[1:], self._granted)
+            plan = last_that(plans[1:], lambda plan: self._grants(self._tried(plan, self._exact)))
         return None if plan is None else self._tried(plan, self._exact)
+
+    def _same_rungs(self) -> Choice:
+        """The first choice of one rung for all layers, as far as each goes, that fits."""
+        last = self._space.last
+        rungs = (tuple(min(rung, top) for top in last) for rung in range(max(last) + 1))
+        return next(choice for choice in rungs if self._lack(choice) <= 0)
 
     def _same(self, ratio: float) -> dict[str, float]:
         """One ratio for all layers, as far as each goes."""
@@ -240,10 +273,6 @@ class Search:
                     f"far as it may be, {100 * least[name]:.4g} % is left. Ask for more, or unlock layers."
                 )
 
-    def _refuse_loss(self, found: Tried) -> None:
-        if not self._grants(found):
-            raise PruneLabError(self._too_much(f"The best plan found for {self._wish}", found))
-
     def _too_much(self, what: str, found: Tried) -> str:
         return (
             f"{what} changes accuracy by {100 * found.change:+.2f} ± {100 * found.half:.2f} points on {found.n:,} "
@@ -251,13 +280,13 @@ class Search:
         )
 
 
-def last_that(plans: Sequence[Plan], granted: Callable[[Plan], bool]) -> Plan | None:
-    """The last plan that is granted, by bisection: plans before it are taken to be granted too. None if none is."""
-    low, high = 0, len(plans)
+def last_that(items: Sequence[T], granted: Callable[[T], bool]) -> T | None:
+    """The last item that is granted, by bisection: those before it are taken to be granted too. None if none is."""
+    low, high = 0, len(items)
     while low < high:
         middle = (low + high) // 2
-        if granted(plans[middle]):
+        if granted(items[middle]):
             low = middle + 1
         else:
             high = middle
-    return plans[low - 1] if low else None
+    return items[low - 1] if low else None

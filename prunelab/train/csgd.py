@@ -169,7 +169,7 @@ def _sgd(parameters: list[nn.Parameter], recipe: Recipe) -> Optimizer:
     vectors = [p for p in parameters if p.dim() < 2]
     others = [p for p in parameters if p.dim() >= 2]
     groups = [{"params": others, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return SGD([group for group in groups if group["params"]], recipe.lr, momentum=0.9, nesterov=True)
+    return SGD([group for group in groups if group["params"]], recipe.lr, momentum=0.9, nesterov=True, foreach=True)
 
 
 def _attached(make: Any, centripetal: Centripetal) -> Any:

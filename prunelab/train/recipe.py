@@ -152,4 +152,5 @@ class Recipe:
             return self.optimizer
         if self.optimizer is not None:
             return self.optimizer(parameters)
-        return SGD(parameters, self.lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True)
+        # Not fused: that mistakes a gradient whose strides are not its weight's, and fails where one comes later.
+        return SGD(parameters, self.lr, momentum=0.9, weight_decay=self.weight_decay, nesterov=True, foreach=True)

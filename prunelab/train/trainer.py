@@ -20,7 +20,7 @@ from prunelab.progress import Progress, Stopped, track
 from prunelab.saving import Record
 from prunelab.train.chance import seed_all, seed_of
 from prunelab.train.checkpoint import Checkpoints
-from prunelab.train.data import Batch, Held, check_classes, training_source
+from prunelab.train.data import Batch, Held, Loaded, check_classes, training_source
 from prunelab.train.evaluate import Judge
 from prunelab.train.masks import Masks
 from prunelab.train.memory import halving
@@ -59,7 +59,9 @@ class Trainer:
         lay_out_like_parameters(self.own_optimizer)
         self.rates = [group["lr"] for group in self.own_optimizer.param_groups]
         self.wrapped = accelerator.prepare_model(Shell(model))
-        self.optimizer = accelerator.prepare_optimizer(self.own_optimizer)
+        # accelerate's own is for float16's scaler alone, and looks through the disk for packages at every step.
+        scaled = accelerator.scaler is not None
+        self.optimizer = accelerator.prepare_optimizer(self.own_optimizer) if scaled else self.own_optimizer
         self.masks = Masks(model, recipe.masks)
         self.generator = torch.Generator(self.device)
         self.at = Position()
@@ -199,8 +201,8 @@ class Trainer:
         factor = recipe.factor(done, recipe.epochs * len(self.source))
         for group, rate in zip(self.own_optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        # The data's own random numbers go on afterwards where they were.
-        with random_kept():
+        # A loader's own random numbers go on afterwards where they were.
+        with random_kept() if isinstance(self.source, Loaded) else nullcontext():
             most = min(at.at_once or len(batch), len(batch))
             loss, at_once = halving(lambda at_once: self._gradients(batch, at_once), most, "training")
             self.optimizer.step()
@@ -221,7 +223,8 @@ class Trainer:
             # Processes exchange their gradients once, with the last part.
             last = part is parts[-1]
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self._loss(part) * (len(part) / len(batch))
+                loss = self._loss(part)
+                loss = loss if len(parts) == 1 else loss * (len(part) / len(batch))
                 self._backward(loss, exchange=last and self.accelerator.num_processes > 1)
             total += loss.detach()
         return total
@@ -245,6 +248,8 @@ class Trainer:
         outputs = self.wrapped(*inputs)
         if self.objective.needs_classes and not isinstance(self.source, Held):
             check_classes(part.labels, main_output(outputs).shape[-1], "training")
+        if self.objective.teacher is None:
+            return self.objective(outputs, here.labels, None)
         with self.accelerator.autocast():
             taught = self.objective.taught(inputs)
         return self.objective(outputs, here.labels, taught)

@@ -15,7 +15,7 @@ import argparse
 import copy
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,20 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 Work = Callable[[], object]
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def lenet() -> nn.Module:
+    """LeNet 20-50-500 for CIFAR-10."""
+    first, second = ((nn.Conv2d(i, o, 5), nn.ReLU(), nn.MaxPool2d(2)) for i, o in ((3, 20), (20, 50)))
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(1250, 500), nn.ReLU(), nn.Linear(500, 10))
+
+
+NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
+    "lenet": lenet,
+    "vgg_small": lambda: zoo.vgg_small(in_channels=3),
+    "resnet20": zoo.resnet20,
+    "resnet56": zoo.resnet56,
+}
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
@@ -99,7 +113,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=2 if GPU else 1)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--workers", type=int, default=8 if GPU else 0, help="of the loader with transforms")
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"], help="of prunelab.zoo")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -127,7 +141,7 @@ def main() -> int:
            f"loader, transforms, {asked.workers} workers",
            lambda: [parts[0].to(DEVICE) for _ in range(asked.epochs) for parts in loader], asked)  # fmt: skip
     for name in asked.networks:
-        network = getattr(zoo, name)().to(DEVICE)
+        network = NETWORKS[name]().to(DEVICE)
         settings: dict[str, Any] = {"epochs": asked.epochs, "batch_size": asked.batch}
         for precision in dict.fromkeys(("no", best)):
             plain = tuned(copy.deepcopy(network), held, val, precision=precision, **settings)

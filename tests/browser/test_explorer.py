@@ -22,6 +22,16 @@ explorer
 """
 
 
+LAB_OF_WEIGHTS = """
+import prunelab as pl
+train, test = pl.datasets.fashion_mnist()
+lab = pl.Lab(pl.zoo.load("lenet"), train.subset(500), test)
+lab.set_all(ratio=0.5, grain="weight")
+lab.sensitivity(ratios=(0.3, 0.6, 0.9), n=100, progress=False)
+pl.explore(lab)
+"""
+
+
 def lenet(size: int = 2000) -> list[str]:
     """Cells that open the explorer on LeNet."""
     return [OPEN.format(name="lenet", size=size, title="LeNet")]
@@ -285,6 +295,61 @@ def test_a_scan_draws_a_curve_behind_every_slider(notebook_page: OpenNotebook) -
     expect(curves).to_have_count(0)
     expect(found.locator("thead th.c-ratio")).to_have_text("ratio")
     expect(pictures).to_have_count(before)
+    page.assert_no_errors()
+
+
+def test_a_scan_of_single_weights_stands_behind_the_rows_that_lose_single_weights(notebook_page: OpenNotebook) -> None:
+    page = notebook_page([LAB_OF_WEIGHTS])
+    found = desk(page)
+    curves = found.locator(".pl-curve[aria-label]:not([visibility])")
+    expect(curves).to_have_count(3)
+    assert "; alone, accuracy" in (slider(found, "fc1", "ratio").get_attribute("aria-valuetext") or "")
+    # Half of it is gone: a grey and a blue half.
+    assert found.locator('[data-row="fc1"] .pl-curve-area.pl-area-removed').get_attribute("d") != ""
+    assert found.locator('[data-row="fc1"] .pl-curve-area.pl-area-kept').get_attribute("d") != ""
+    slider(found, "fc1", "grain").press("ArrowLeft")
+    expect(curves).to_have_count(2)
+    page.assert_no_errors()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 1600])
+def test_the_best_plan_fills_in_the_sliders(notebook_page: OpenNotebook, width: int, dark: bool) -> None:
+    page = notebook_page(lenet(), width, 1000, dark)
+    found = desk(page)
+    pictures = page.page.locator(".prunelab img:visible")
+    before, whole = pictures.count(), amount(total(found, "flops"))
+    wish = page.page.locator(".prunelab select", has_text="FLOPs −70 %")
+    expect(wish).to_have_value("FLOPs −50 %")
+    button(page, "best plan for").click()
+    expect(found.locator(".pl-status-text")).to_contain_text(
+        re.compile(r"Best plan for FLOPs −50 %: \d.*; one ratio for all layers: \d")
+    )
+    measured(found)
+    assert 0.4 * whole < amount(total(found, "flops")) <= 0.5 * whole + 0.01
+    assert any(float(slider(found, layer, "ratio").input_value()) > 0 for layer in ("conv1", "conv2", "fc1"))
+    expect(pictures).to_have_count(before + 1)
+    overflow: Callable[[str], bool] = page.page.locator(".prunelab").first.evaluate
+    assert not overflow("node => node.scrollWidth > node.clientWidth + 1")
+    if folder := os.environ.get("PRUNELAB_PICTURES"):
+        page.page.screenshot(path=Path(folder) / f"best-{width}-{'dark' if dark else 'light'}.png")
+    found.locator('[data-do="undo"]').click()
+    measured(found)
+    assert amount(total(found, "flops")) == whole
+    page.assert_no_errors()
+
+
+def test_a_search_shows_how_far_it_is_and_can_be_stopped(notebook_page: OpenNotebook) -> None:
+    page = notebook_page([OPEN.format(name="resnet20", size=500, title="ResNet-20")])
+    found = desk(page)
+    page.page.locator(".prunelab select", has_text="drop ≤ 2 points").select_option("parameters −70 %")
+    button(page, "best plan for").click()
+    status = found.locator(".pl-status-text")
+    expect(status).to_contain_text(re.compile(r"parameters −70 %: FLOPs \d+%, parameters \d+%, accuracy \d+\.\d%"))
+    expect(button(page, "commit")).to_be_disabled()
+    button(page, "stop").click()
+    expect(status).to_contain_text("Stopped: the plan is as it was")
+    expect(button(page, "commit")).to_be_enabled()
     page.assert_no_errors()
 
 

@@ -144,6 +144,11 @@ def test_importance_goes_back_through_linear_layers() -> None:
     carried(program, "0", absolute(program, "2").T @ last)
 
 
+def test_importance_starts_at_a_single_output() -> None:
+    program = sequence(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1), image=(5,))
+    carried(program, "0", absolute(program, "2")[0])
+
+
 def test_importance_goes_back_through_norms_flattening_and_grouped_and_depthwise_convolutions() -> None:
     program = sequence(
         nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(),

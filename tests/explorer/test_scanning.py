@@ -113,16 +113,17 @@ def test_a_scan_fills_no_weight_that_a_commit_has_zeroed() -> None:
     assert scan.of("conv2")[0].accuracy == lab.measure().accuracy
 
 
-def test_rows_of_single_weights_have_curves_of_single_weights() -> None:
+def test_rows_of_single_weights_are_scanned_by_single_weights() -> None:
     lab = pl.Lab(pl.zoo.load("lenet"), TRAIN, TEST.subset(200), cache=False)
     lab.set_all(ratio=0.5, grain="weight")
     found = lab.sensitivity(ratios=(0.5, 0.9), n=100, progress=False)
     assert found.grain == "weight"
-    curves = curves_of(lab)["layers"]
-    assert set(curves) == {"conv1", "conv2", "fc1"}
-    assert [point[0] for point in curves["fc1"]] == [0.5, 0.9]
+    curves = curves_of(lab)
+    assert curves["grain"] == "weight"
+    assert [point[0] for point in curves["layers"]["fc1"]] == [0.5, 0.9]
+    lab.criterion("l2")
+    assert stale(lab) == ""
     lab.set("fc1", grain="channel")
-    assert set(curves_of(lab)["layers"]) == {"conv1", "conv2"}
     # Rows that differ are scanned by channels.
     assert lab.sensitivity(ratios=(0.5,), n=100, progress=False).grain == "channel"
-    assert set(curves_of(lab)["layers"]) == {"fc1"}
+    assert curves_of(lab)["grain"] == "channel"

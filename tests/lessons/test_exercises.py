@@ -89,7 +89,7 @@ def test_mean_activation_accepts_the_method() -> None:
     [
         (lambda r, p: lowest(-means(r), p), "removes the channels that respond most"),
         (lambda r, p: lowest(r.transpose(0, 1).flatten(1).amax(1), p), "Layer . of 6: .* keeps channel"),
-        (lambda r, p: means(r).argsort()[: round(p * r.shape[1])], "Layer . of 6"),
+        (lambda r, p: means(r).argsort()[: round(p * r.shape[1])], "7 channels at ratio 0.55 .* removes 4 and not 3"),
         (
             with_threshold,
             "of 8 channels at ratio 0.25 your function removes 5 and not 2. Several channels never respond",
@@ -184,5 +184,53 @@ def test_a_quarter_of_the_size_accepts_shares_chosen_by_layer() -> None:
 )
 def test_a_quarter_of_the_size_refuses_what_is_not_it(plan: pl.Plan, reason: str) -> None:
     verdict = lessons.check("a-quarter-of-the-size", plan)
+    assert not verdict
+    assert re.search(reason, verdict.text), verdict.text
+
+
+# Centripetal SGD ---------------------------------------------
+
+
+def gradients_of(weights: Tensor, gradients: Tensor, clusters: list[int], pull: float, sign: float = 1.0) -> Tensor:
+    number = torch.tensor(clusters)
+    same = (number[:, None] == number[None, :]).to(weights.dtype)
+    mean = same / same.sum(1, keepdim=True)
+    return mean @ gradients + sign * pull * (weights - mean @ weights)
+
+
+def overwriting(weights: Tensor, gradients: Tensor, clusters: list[int], pull: float) -> Tensor:
+    return gradients.copy_(gradients_of(weights, gradients, clusters, pull))
+
+
+def counted_from_zero(weights: Tensor, gradients: Tensor, clusters: list[int], pull: float) -> Tensor:
+    found = torch.zeros_like(gradients)
+    for cluster in range(len(set(clusters))):
+        members = [k for k, number in enumerate(clusters) if number == cluster]
+        if members:
+            found[members] = gradients[members].mean(0) + pull * (weights[members] - weights[members].mean(0))
+    return found
+
+
+def test_centripetal_sgd_accepts_the_formula() -> None:
+    assert lessons.check("centripetal-sgd", gradients_of).right
+    assert lessons.check("centripetal-sgd", lambda w, g, c, p: gradients_of(w, g, c, p).float()).right
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda w, g, c, p: gradients_of(w, g, c, 0.0), "Layer 3 of 5: filter . differs .* The pull is on"),
+        (lambda w, g, c, p: gradients_of(w, g, c, p, -1.0), "driven away from their centre"),
+        (lambda w, g, c, p: g + p * w, "Layer 1 of 5: .* the mean of the cluster's gradients"),
+        (lambda w, g, c, p: gradients_of(w, g, c, p) + p * w, "Layer 2 of 5: .* it is its own centre"),
+        (counted_from_zero, "Layer 5 of 5: .* numbers of clusters are names"),
+        (overwriting, "changes what it is given"),
+        (lambda w, g, c, p: g.mean(0), "shape \\(9,\\), not one gradient a weight"),
+        (lambda w, g, c, p: None, "gave a NoneType"),
+        (lambda w, g: g, "Your function stopped with TypeError"),
+    ],
+)
+def test_centripetal_sgd_refuses_what_is_not_it(function: Callable[..., Any], reason: str) -> None:
+    verdict = lessons.check("centripetal-sgd", function)
     assert not verdict
     assert re.search(reason, verdict.text), verdict.text

@@ -45,6 +45,7 @@ def test_the_buttons_judge_what_is_chosen_and_nothing_before() -> None:
 def test_without_a_kernel_the_answer_is_folded_below_all_choices() -> None:
     bundle = QUESTION._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["text/plain"].splitlines()[1:] == ["  - conv1", "  - fc1", "  - fc2"]
     asked, answer = bundle["text/html"].split("<details>")
     assert "<code>LeNet</code>" in asked
     assert all(f"<li>{choice}</li>" in asked for choice in QUESTION.choices)

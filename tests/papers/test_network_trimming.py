@@ -17,14 +17,12 @@ import prunelab as pl
 from prunelab import zoo
 from prunelab.errors import PruneLabError
 from prunelab.papers.network_trimming import (
-    default_weights,
-    from_scratch,
-    he_weights,
     mean_apoz,
     network_trimming,
     to_widths,
     trimmings,
 )
+from prunelab.papers.scratch import default_weights, from_scratch, he_weights
 
 WIDTHS = (12, 16, 20)
 
@@ -111,6 +109,7 @@ def test_a_round_that_loses_too_much_is_told_but_not_taken() -> None:
     assert [found.taken for found in rounds] == [False]
     assert [found.removed > 0 for found in rounds] == [True]
     assert small.third.out_features == 20
+    assert small is not model
 
 
 def test_retraining_starts_from_the_surviving_weights_and_brings_accuracy_back() -> None:

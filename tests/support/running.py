@@ -100,11 +100,18 @@ def saved(folder: Path, kind: str = "held", **functions: Any) -> pl.Lab:
     return lab
 
 
+def launcher(processes: int) -> list[str]:
+    """``accelerate launch`` of processes on this machine's CPU, as notebooks/several-machines.md has it."""
+    # With --cpu, accelerate leaves several processes to MPI.
+    return [
+        "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(processes),
+        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+
+
 def command(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m`` with these arguments in one process, or in several that meet on a free port of this machine."""
-    # The engine under accelerate launch, which on CPUs would ask for MPI.
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    line = [sys.executable, "-m", *(launcher if processes > 1 else []), *arguments]
+    line = [sys.executable, "-m", *([*launcher(processes), "-m"] if processes > 1 else []), *arguments]
     support = str(Path(__file__).parent)
     surroundings = {
         **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1",

@@ -148,6 +148,14 @@ def test_a_run_sized_by_the_rule_is_trimmed_without_loss(
         assert squeezed.spread < start / 5
 
 
+def test_a_recipe_and_settings_together_are_refused(data: tuple[TensorDataset, TensorDataset]) -> None:
+    model = network()
+    with pytest.raises(pl.PruneLabError, match="not both: epochs belong into the recipe"):
+        csgd(model, *data, 0.5, recipe=pl.Recipe(), epochs=2, progress=False)
+    # What says how to look on is no setting of the training.
+    assert len(csgd(model, *data, 0.5, recipe=pl.Recipe(epochs=1), progress=False).table) == 2
+
+
 def test_the_pull_is_as_strong_as_the_run_is_short() -> None:
     assert pull_for(10.0, momentum=0.9, decay=5e-4) == pytest.approx(20 * 0.1 / 10 - 5e-4)
     assert pull_for(1e9) == 0.0

@@ -53,6 +53,11 @@ def test_it_is_the_loop_that_one_would_write() -> None:
     assert all(torch.equal(a, b) for a, b in zip(values(found), values(now), strict=True))
 
 
+def test_a_recipe_and_settings_together_are_refused() -> None:
+    with pytest.raises(pl.PruneLabError, match="not both: epochs, lr belong into the recipe"):
+        pl.iterative(killed.network(), PLANS, *DATA, recipe=pl.Recipe(), epochs=2, lr=0.1, progress=False)
+
+
 def test_masks_of_a_round_hold_in_the_next() -> None:
     mask = torch.rand(4, 512, generator=torch.Generator().manual_seed(0)) > 0.5
     small, rounds = run(killed.network(), masks={"fc.weight": mask})

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import running
 import several
 import torch
 from safetensors.torch import load_file
@@ -17,8 +18,7 @@ from safetensors.torch import load_file
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     folder = tmp_path_factory.mktemp("several")
-    # The engine under accelerate launch, which on CPUs would ask for MPI.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *running.launcher(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, several.__file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300

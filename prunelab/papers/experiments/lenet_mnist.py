@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +14,39 @@ from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments.sources import Sets, folder
 from prunelab.papers.experiments.subjects import LENETS, mnist_on_black
 from prunelab.papers.experiments.trimming_rule import by_rule
-from prunelab.papers.network_trimming import from_scratch, to_widths
+from prunelab.papers.network_trimming import to_widths
 from prunelab.papers.reproduce import Reproduction, Task
+from prunelab.papers.scratch import from_scratch
 from prunelab.profile.capture import profile
 from prunelab.program.program import trace
 from prunelab.train.finetune import finetune
 
 SUBJECT = LENETS[0]
-EPOCHS, AGAIN = 15, 4
-ROUNDS, ROUND_EPOCHS = 5, 2
+EPOCHS = 15
+RETRAINING: Mapping[str, Any] = {"lr": 0.02, "temperature": 2.0, "teacher_weight": 0.5}
+ROUNDS, ROUND_EPOCHS = 2, 1
 
-WIDTHS: Mapping[str, Mapping[str, int]] = {
-    "1.41×": {"conv2": 41, "fc1": 426},
-    "2.23×": {"conv2": 31, "fc1": 349},
-    "3.11×": {"conv2": 26, "fc1": 293},
-    "3.85×": {"conv2": 24, "fc1": 252},
-    "5.87×": {"conv2": 20, "fc1": 190},
-    "9.97×": {"conv2": 16, "fc1": 130},
+
+@dataclass(frozen=True)
+class Point:
+    """Filters of conv2 and neurons of fc1 that are left, and epochs of retraining."""
+
+    conv2: int
+    fc1: int
+    epochs: int
+
+
+POINTS: Mapping[str, Point] = {
+    "1.41×": Point(41, 426, 4),
+    "2.23×": Point(31, 349, 4),
+    "3.11×": Point(26, 293, 6),
+    "3.85×": Point(24, 252, 6),
+    "5.87×": Point(20, 190, 6),
 }
-"""Filters of conv2 and neurons of fc1 by compression: four of the paper, and two beyond."""
+"""By compression: four of the paper and one beyond, each cut from the network of the one before."""
 
 CONTROL = "3.85×"
-"""Where retraining from scratch is shown."""
+"""Where training from scratch is shown."""
 
 PAPER = {
     ("dense", "dense"): {"accuracy": 0.9927},
@@ -52,42 +64,52 @@ PAPER = {
 
 
 def run(task: Task) -> Iterator[Measure]:
-    """Train LeNet; cut it to the paper's widths one after the other; by its rule; and train from scratch."""
+    """Train LeNet; cut it to given widths, and by the rule; and train the smallest of the paper's from scratch."""
     sets = train, val, test = mnist_on_black(task)
-    epochs, again, rounds, round_epochs = (1, 1, 1, 1) if task.short else (EPOCHS, AGAIN, ROUNDS, ROUND_EPOCHS)
+    epochs = 1 if task.short else EPOCHS
     dense = SUBJECT.new(task)
     settings = {**SUBJECT.settings, "seed": task.seed}
     finetune(dense, train, val, folder=folder(task, "dense"), progress=False, **{**settings, "epochs": epochs})
     yield measured(dense, test, point="dense", method="dense", stage="dense", note=f"{epochs} epochs")
-    settings |= {"teacher": dense, "temperature": 4.0, "teacher_weight": 0.7}
-    yield from _widths(task, dense, sets, epochs, {**settings, "epochs": again})
-    retraining = {**settings, "lr": settings["lr"] / 10, "epochs": round_epochs, "folder": folder(task, "rule")}
-    for found, _ in by_rule(task, "", dense, sets, rounds, **retraining):
+    taught = {**settings, **RETRAINING, "teacher": dense}
+    small, networks = dense, {}
+    for name in [CONTROL] if task.short else POINTS:
+        small = yield from _trimmed(task, name, small, sets, taught)
+        networks[name] = small
+    rounds = {**taught, "lr": settings["lr"] / 10, "epochs": ROUND_EPOCHS, "folder": folder(task, "rule")}
+    for found, _ in by_rule(task, "", dense, sets, 1 if task.short else ROUNDS, **rounds):
         yield found
+    yield _from_scratch(task, networks[CONTROL], sets, {**taught, "lr": settings["lr"]})
 
 
-def _widths(task: Task, dense: nn.Module, sets: Sets, spent: int, settings: Mapping[str, Any]) -> Iterator[Measure]:
-    """To each of the widths, from the network of the one before; and the control."""
+def _trimmed(
+    task: Task, name: str, model: nn.Module, sets: Sets, settings: Mapping[str, Any]
+) -> Generator[Measure, None, nn.Module]:
+    """Cut a network to a point's widths by APoZ and retrain it; returns what it has become."""
     train, val, test = sets
-    now, again = dense, settings["epochs"]
-    points = {CONTROL: WIDTHS[CONTROL]} if task.short else WIDTHS
-    for point, widths in points.items():
-        program = trace(now, val.images[:2])
-        zeros = profile(program, val, progress=False)
-        small = commit(program, to_widths(program, widths).resolve(program, zeros))
-        yield measured(small, test, point=point, method="apoz", stage="cut")
-        retraining = {**settings, "lr": settings["lr"] / 10, "folder": folder(task, point)}
-        finetune(small, train, val, progress=False, **retraining)
-        spent += again
-        note = f"{spent} epochs in all, {again} of them after this cut"
-        timed = None if task.short else dense
-        yield measured(small, test, point=point, method="apoz", stage="trained", dense=timed, note=note)
-        if point == CONTROL:
-            torch.manual_seed(task.seed)
-            fresh = from_scratch(small, train, val, **{**settings, "epochs": spent, "folder": folder(task, "scratch")})
-            note = f"new weights, {spent} epochs from the first learning rate on, the same teacher"
-            yield measured(fresh, test, point=point, method="scratch", stage="trained", note=note)
-        now = small
+    left = POINTS[name]
+    program = trace(model, val.images[:2])
+    zeros = profile(program, val, progress=False)
+    widths = {"conv2": left.conv2, "fc1": left.fc1}
+    small = commit(program, to_widths(program, widths).resolve(program, zeros))
+    yield measured(small, test, point=name, method="apoz", stage="cut")
+    epochs = 1 if task.short else left.epochs
+    finetune(small, train, val, folder=folder(task, name), progress=False, **{**settings, "epochs": epochs})
+    note = f"20-{left.conv2}-{left.fc1}-10, retrained for {epochs} epochs"
+    timed = None if task.short else settings["teacher"]
+    yield measured(small, test, point=name, method="apoz", stage="trained", dense=timed, note=note)
+    return small
+
+
+def _from_scratch(task: Task, small: nn.Module, sets: Sets, settings: Mapping[str, Any]) -> Measure:
+    """The control: new weights in the same widths, trained for as many epochs as there were up to there."""
+    train, val, test = sets
+    names = list(POINTS)
+    epochs = 1 if task.short else EPOCHS + sum(POINTS[name].epochs for name in names[: names.index(CONTROL) + 1])
+    torch.manual_seed(task.seed)
+    fresh = from_scratch(small, train, val, folder=folder(task, "scratch"), **{**settings, "epochs": epochs})
+    note = f"new weights, {epochs} epochs from the first learning rate on, the same teacher"
+    return measured(fresh, test, point=CONTROL, method="scratch", stage="trained", note=note)
 
 
 REPRODUCTIONS = (
@@ -101,8 +123,12 @@ REPRODUCTIONS = (
         method="apoz",
         remarks="All networks are trained with random shifts by up to two pixels; of the 60,000 training images 5,000 "
         "are held out, on which APoZ is measured and the best epoch chosen. Retraining and the control learn from "
-        "labels and from the unpruned network of the same seed (distillation, weight 0.7, temperature 4). Neither "
-        "shifts nor distillation are in the paper. Each width is cut from the network of the one before it; 5.87× and "
-        "9.97× go on where the paper ends. The paper's accuracies are quoted from memory of its table.",
+        "labels and from the unpruned network of the same seed (distillation, weight 0.5, temperature 2). Neither "
+        "shifts nor distillation are in the paper. Each width is cut from the network of the one before it and "
+        "retrained at 0.4 of the first learning rate: at a tenth, which the rule's rounds take, accuracy on the "
+        "held-out images came back by less in as many epochs. 5.87× goes on where the paper ends. Two other "
+        "schedules were tried with the first seed and left out: temperature 4 at one rate for all, which did not "
+        "better the cut network at 1.41×, and a cut of fc1 alone, at once, to 4.04×, which ended 0.04 points below the "
+        "unpruned network. The other seeds had no part in that choice. The paper's accuracies are second hand.",
     ),
 )

@@ -65,8 +65,8 @@ REPRODUCTIONS = (
     Reproduction(
         name="mean-activation-lenet",
         summary="Mean activation on LeNet and MNIST, without batch norm and with it.",
-        expected="about 4 min of one processor core",
-        run=Sweep(LENETS, mnist_on_black, (0.5, 0.75), epochs=10),
+        expected="about 2 min of one processor core",
+        run=Sweep(LENETS, mnist_on_black, (0.5, 0.75), epochs=6),
         remarks=_REMARKS,
     ),
     Reproduction(

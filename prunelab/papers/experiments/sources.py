@@ -48,6 +48,11 @@ def fashion_mnist(task: Task, held_out: int = 5_000) -> Sets:
     return _embedded() if task.short else _split(*_full(task, "fashion_mnist_full"), held_out)
 
 
+def embedded(task: Task, held_out: int = 1_000) -> Sets:
+    """The embedded Fashion-MNIST: 10,000 training images but for those held out, the held out, and 10,000 to test."""
+    return _embedded() if task.short else _split(*datasets.fashion_mnist(), held_out)
+
+
 def cifar10(
     task: Task,
     held_out: int = 5_000,
@@ -65,11 +70,6 @@ def cifar10(
     if (task.data / "cifar10.npz").is_file():
         return _split(*datasets.npz(task.data / "cifar10.npz", mean=mean, std=std, name="CIFAR-10"), held_out)
     return _split(*_full(task, "cifar10", mean=mean, std=std), held_out)
-
-
-def embedded(task: Task, held_out: int = 1_000) -> Sets:
-    """The embedded Fashion-MNIST: 10,000 training images but for those held out, the held out, 10,000 test images."""
-    return _embedded() if task.short else _split(*datasets.fashion_mnist(), held_out)
 
 
 def resnet56(task: Task) -> zoo.ResNet:

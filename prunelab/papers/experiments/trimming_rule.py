@@ -13,8 +13,9 @@ from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments.sources import Sets, cifar10, folder
 from prunelab.papers.experiments.subjects import RESNETS, VGGS, Subject
 from prunelab.papers.mean_activation import inner_layers
-from prunelab.papers.network_trimming import from_scratch, he_weights, trimmings
+from prunelab.papers.network_trimming import trimmings
 from prunelab.papers.reproduce import Reproduction, Task
+from prunelab.papers.scratch import from_scratch, he_weights
 from prunelab.program.program import trace
 from prunelab.train.finetune import finetune
 
