@@ -80,7 +80,7 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
 _GREY = Recipe(epochs=1, lr=0.02, batch_size=64, weight_decay=1e-4, augment=Augment(flip=True, crop=2))
 _SMALL = _Setting(
     budgets={"block": 0.01, "layer": 0.01, "channel": 0.01, "weight": 0.03},
-    stops={"channel": (2.2,), "weight": (10.0, 20.0)},
+    stops={"layer": (2.0,), "channel": (2.2,), "weight": (10.0, 20.0)},
     channels=0.05,
     weights=0.3,
     recovery=_GREY,
