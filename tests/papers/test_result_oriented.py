@@ -12,11 +12,12 @@ from prunelab import datasets, zoo
 from prunelab.criteria.measuring import profile_for
 from prunelab.criteria.registry import scores
 from prunelab.datasets import ImageSet
-from prunelab.papers.evidence import Measure, Run, table
+from prunelab.papers.evidence import Measure, Run
 from prunelab.papers.experiments import resnet56_cifar
 from prunelab.papers.experiments.five_methods_figure import draw
 from prunelab.papers.reproduce import Task, reproduce
 from prunelab.papers.result_oriented import Decided, result_oriented
+from prunelab.papers.shares import MOST, RATIOS, Curve, fitted, scanned, shared
 
 
 @pytest.fixture(scope="module")
@@ -81,31 +82,36 @@ def test_fine_tuning_follows_the_decision(data: tuple[ImageSet, ImageSet]) -> No
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("results")
     (chosen,) = resnet56_cifar.REPRODUCTIONS
-    reproduce(chosen, Path(), seeds=2, out=out, short=True, say=lambda line: None)
+    reproduce(chosen, Path(), seeds=1, out=out, short=True, say=lambda line: None)
     return out / chosen.name
 
 
 def test_all_methods_are_measured_at_equal_cost(short: Path) -> None:
     first = Run.read(short / "seed-0.json").measures
     dense, rest = first[0], first[1:]
-    methods = {*resnet56_cifar.UNIFORM, resnet56_cifar.PROPOSED, *resnet56_cifar.ablations()}
+    methods = {*resnet56_cifar.TRAINED, "α = 0", "R = 1"}
     assert {(m.method, m.stage) for m in rest} >= {(m, s) for m in methods for s in ("cut", "repaired")}
     finetuned = {m.method for m in rest if m.stage == "trained"}
-    assert finetuned == {*resnet56_cifar.UNIFORM, resnet56_cifar.PROPOSED, "L1, automatic"}
+    assert finetuned == set(resnet56_cifar.TRAINED)
     even = next(m.macs for m in rest if m.method == "L1")
     assert even < dense.macs
     assert all(m.macs == even for m in rest if m.method in resnet56_cifar.UNIFORM)
-    assert all(0.95 * even <= m.macs <= even for m in rest)
+    # A stage of eight channels comes in coarse steps.
+    assert all(0.85 * even <= m.macs <= even for m in rest)
 
 
-def test_later_seeds_measure_again_only_what_a_seed_changes(short: Path) -> None:
-    second = Run.read(short / "seed-1.json").measures
-    assert {m.method for m in second if m.stage in ("cut", "repaired")} == {"random"}
-    both = [Run.read(short / f"seed-{seed}.json") for seed in (0, 1)]
-    rows = {(row.method, row.stage): row.seeds for row in table(both)}
-    assert rows["L1", "cut"] == 1
-    assert rows["L1", "trained"] == rows["random", "cut"] == 2
+def test_the_table_has_its_picture_beside_it(short: Path) -> None:
+    assert f"]({short.name}.png)" in short.with_suffix(".md").read_text(encoding="utf-8")
     assert short.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_later_seeds_make_again_only_what_a_seed_changes() -> None:
+    task = Task(Path(), 1, print, True, Path())
+    found = resnet56_cifar.subject(task)
+    evens = {2.0: resnet56_cifar.uniform(found, 2.0)}
+    made = {method: set(resnet56_cifar.plans_of(found, method, evens, task)) for method in ("L1", "random", "α = 0")}
+    assert made == {"L1": {(2.0, "repaired")}, "random": {(2.0, "cut"), (2.0, "repaired")}, "α = 0": set()}
+    assert [resnet56_cifar.depends_on(1, method) for method in ("L1", "random")] == [False, True]
 
 
 def test_one_ratio_is_found_for_every_point() -> None:
@@ -133,3 +139,38 @@ def test_the_picture_has_a_panel_for_each_stage_and_no_line_for_what_was_not_mea
     assert drawn["as cut", "L1"] == [[100, 90], [50, 50]]
     assert drawn["after a short fine-tuning", "L1"] == [[100, 90], [50, 80]]
     assert drawn["repaired", "L1"] == drawn["as cut", "APoZ"] == []
+
+
+# Shares from a scan ---------------------------------------------
+
+
+def test_a_power_law_is_found_again_and_its_price_is_the_slope() -> None:
+    curve = fitted([0.2 * ratio**2.5 for ratio in RATIOS], size=100.0)
+    assert (curve.scale, curve.power) == (pytest.approx(0.2), pytest.approx(2.5))
+    # dL/dr at 0.3, per MAC.
+    assert curve.ratio(0.2 * 2.5 * 0.3**1.5 / 100) == pytest.approx(0.3)
+    assert curve.ratio(1e9) == MOST
+
+
+def test_shared_plans_pay_one_price_and_fit_the_budget() -> None:
+    curves = {"cheap": Curve(0.01, 2.0, 100.0), "dear": Curve(0.1, 2.0, 100.0)}
+
+    def macs(plan: pl.Plan) -> int:
+        return round(200 - sum(100 * (setting.ratio or 0.0) for setting in plan.settings.values()))
+
+    plan = shared(curves, macs, 145, "l1")
+    cheap, dear = (plan.settings[name].ratio for name in ("cheap", "dear"))
+    assert cheap is not None
+    assert dear is not None
+    assert macs(plan) in (144, 145)
+    assert cheap == pytest.approx(10 * dear)
+
+
+def test_a_scan_measures_each_layer_alone(data: tuple[ImageSet, ImageSet]) -> None:
+    program = pl.trace(zoo.load("lenet"), data[1].images[:2])
+    images, labels = data[1].images[:100], data[1].labels[:100]
+    found = scanned(program, None, images, labels, criterion="l1", layers=("conv1", "fc1"), progress=False)
+    assert list(found) == ["conv1", "fc1"]
+    half = pl.cost(program, pl.Plan("l1").set("conv1", ratio=0.5).resolve(program)).macs
+    assert found["conv1"].size == 2 * (pl.cost(program).macs - half)
+    assert found["conv1"].scale > found["fc1"].scale

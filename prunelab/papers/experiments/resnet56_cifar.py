@@ -105,18 +105,19 @@ def run(task: Task) -> Iterator[Measure]:
         repaired: dict[tuple[float, str], nn.Module] = {}
         for method in methods:
             for (speedup, stage), plan in plans_of(found, method, evens, task).items():
-                # What does not depend on the seed is measured by the first one alone.
-                alone = task.seed > 0 and method != "random"
-                if alone and (stage == "cut" or method not in TRAINED):
-                    continue
                 small = committed(found, plan, stage)
-                if not alone:
+                if depends_on(task.seed, method):
                     yield measured(small, found.test, point=f"{speedup:g}×", method=method, stage=stage)
                 if stage == "repaired" and method in TRAINED:
                     repaired[speedup, method] = small
         for speedup, method in sorted(repaired):
             small = trained(found, repaired[speedup, method], method, speedup, task)
             yield measured(small, found.test, point=f"{speedup:g}×", method=method, stage="trained")
+
+
+def depends_on(seed: int, method: str) -> bool:
+    """Whether networks as cut and repaired are measured: but for random's, the first seed's stand for all."""
+    return seed == 0 or method == "random"
 
 
 def subject(task: Task) -> Subject:
@@ -136,19 +137,23 @@ def subject(task: Task) -> Subject:
 
 def plans_of(found: Subject, method: str, evens: Mapping[float, Plan], task: Task) -> Plans:
     """By point and stage, the plans of a method, none with more MACs than one ratio for all layers leaves."""
+    # Later seeds only train what the first one has measured as repaired.
+    stages = ("cut", "repaired") if depends_on(task.seed, method) else ("repaired",) if method in TRAINED else ()
+    if not stages:
+        return {}
     if method in UNIFORM:
         made = {speedup: replace(plan, criterion=UNIFORM[method], seed=task.seed) for speedup, plan in evens.items()}
-        return {(speedup, stage): plan for speedup, plan in made.items() for stage in ("cut", "repaired")}
+        return {(speedup, stage): plan for speedup, plan in made.items() for stage in stages}
     criteria = {PROPOSED: CHOSEN, AUTOMATIC: {"cut": "l1", "repaired": "l1"}, **ablations()}[method]
     budgets = {speedup: macs(found, even) for speedup, even in evens.items()}
     task.say(f"  deciding for {method}")
     plans: dict[tuple[float, str], Plan] = {}
-    if "cut" in criteria and task.seed == 0:
+    if "cut" in criteria and "cut" in stages:
         steps = decided(found, criteria["cut"], min(budgets.values()))
         for speedup, budget in budgets.items():
             step = next(step for step in steps if macs(found, step.plan) <= budget)
             plans[speedup, "cut"] = step.plan
-    if "repaired" in criteria and (task.seed == 0 or method in TRAINED):
+    if "repaired" in criteria:
         curves = scan(found, criteria["repaired"])
         for speedup, budget in budgets.items():
             plans[speedup, "repaired"] = shared(curves, partial(macs, found), budget, criteria["repaired"])
