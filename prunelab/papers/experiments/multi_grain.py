@@ -79,12 +79,12 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
 
 _GREY = Recipe(epochs=1, lr=0.02, batch_size=64, weight_decay=1e-4, augment=Augment(flip=True, crop=2))
 _SMALL = _Setting(
-    budgets={"block": 0.01, "layer": 0.01, "channel": 0.01, "weight": 0.03},
+    budgets={"block": 0.01, "layer": 0.01, "channel": 0.01, "weight": 0.05},
     stops={"layer": (2.0,), "channel": (2.2,), "weight": (10.0, 20.0)},
     channels=0.05,
     weights=0.3,
     recovery=_GREY,
-    finetuning={**dict.fromkeys(GRAINS, _GREY), "weight": replace(_GREY, epochs=20, lr=0.05)},
+    finetuning={**dict.fromkeys(GRAINS, _GREY), "weight": replace(_GREY, epochs=30)},
 )
 _RESNET = _Setting(
     budgets={"block": 0.02, "layer": 0.03, "channel": 0.04, "weight": 0.06},
