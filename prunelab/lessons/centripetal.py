@@ -12,6 +12,21 @@ from torch import Tensor
 from prunelab.errors import PruneLabError
 from prunelab.lessons.answers import function_in
 from prunelab.lessons.exercises import Verdict, exercise
+from prunelab.lessons.question import Question
+
+QUESTION = Question(
+    "Suppose that gradients are averaged over each cluster, but nothing pulls: `ε = 0`. Do its filters become equal?",
+    {
+        "Yes: they have the same gradient, so they go the same way": "They do go the same way, and that is why not: "
+        "who walks side by side stays as far apart as before. Only the weight decay draws them together, "
+        "and it is weak.",
+        "No: they keep their distance": "Right. Equal gradients move all members by the same step. The pull, and a "
+        "little the weight decay, is what makes them meet; equal gradients keep them together afterwards.",
+        "No: they drift apart": "Not with one gradient for all: their differences do not change by it.",
+    },
+    right="No: they keep their distance",
+)
+"""What one gradient for a whole cluster does by itself; the notebook measures it."""
 
 
 @dataclass(frozen=True)
