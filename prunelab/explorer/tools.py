@@ -79,6 +79,13 @@ class Tools:
             if figure is not None:
                 picture.value = png(figure)
             picture.layout.display = "none" if figure is None else None
+        # They may have been put away while they were drawn.
+        if not self.changed.value:
+            self._hide()
+
+    def _hide(self) -> None:
+        for picture in self.pictures:
+            picture.layout.display = "none"
 
     def _figures(self, wanted: Callable[[], bool], dark: bool) -> list[Figure]:
         figures: list[Figure] = []
@@ -100,8 +107,7 @@ class Tools:
         if change["new"]:
             self._explorer._worker.latest(self._on_settled)
         else:
-            for picture in self.pictures:
-                picture.layout.display = "none"
+            self._hide()
 
     def _on_settled(self, wanted: Callable[[], bool]) -> None:
         # This request has taken the place of an estimate that was not done.

@@ -188,6 +188,21 @@ def shown(explorer: Explorer) -> list[bytes]:
     return [bytes(p.value) for p in explorer._tools.pictures if p.layout.display is None]
 
 
+def test_what_is_put_away_while_it_is_drawn_stays_away(explorer: Explorer) -> None:
+    tools = explorer._tools
+    tools.changed.value = True
+    assert explorer._worker.drain(60)
+    assert [picture.layout.display for picture in tools.pictures] == [None, None]
+    explorer.lab.set("fc1", ratio=0.5)
+
+    def wanted() -> bool:
+        tools.changed.value = False
+        return True
+
+    tools.draw(wanted)
+    assert [picture.layout.display for picture in tools.pictures] == ["none", "none"]
+
+
 def test_what_changed_is_drawn_when_asked_and_when_the_plan_settles(explorer: Explorer) -> None:
     assert shown(explorer) == []
     explorer.lab.set("fc1", ratio=0.9)
