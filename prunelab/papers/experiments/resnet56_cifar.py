@@ -255,10 +255,10 @@ where those steps did worse than one ratio on validation images, they take a sca
 images, and one price for all layers (`papers/shares.py`). The score has α = ½ as cut and α = 1 repaired, chosen on
 validation images after some thirty scores and three ways of deciding had been looked at there; α = 1 is importance
 alone: the information half of the score is unused there. The ablations show the other choices, importance without
-correlation (R = 1), and L1 in place of the score. The repair is least squares on 1,000 training images. Training starts
-from the repaired network: one epoch over 3,000 training images with flips and crops, learning rate 0.01, the unpruned
-network as teacher, which is too hot: the repaired networks mostly lose by it. Of the ablations only L1 was trained. What
-does not depend on a seed is measured by seed 0 alone, so that its rows have one seed."""
+correlation (R = 1), and L1 in place of the score. The repair is least squares on 1,000 training images. Training
+starts from the repaired network: one epoch over 3,000 training images with flips and crops, learning rate 0.01, the
+unpruned network as teacher. That is too hot: the repaired networks lose by it. Of the ablations only L1 was trained.
+What does not depend on a seed is measured by seed 0 alone, so that its rows have one seed."""
 
 REPRODUCTIONS = (
     Reproduction(
