@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from prunelab.plan import Plan
@@ -22,7 +21,7 @@ from prunelab.profile.capture import Profile
 from prunelab.program.program import Program, cost
 from prunelab.progress import Progress, track
 from prunelab.repair import Repairer
-from prunelab.search.meter import divergence
+from prunelab.search.meter import divergence, outputs
 
 RATIOS = (0.25, 0.5, 0.75, 0.9375)
 """Where each layer is measured."""
@@ -83,8 +82,8 @@ def scanned(
         for ratio in RATIOS:
             selection = Plan(criterion).set(name, ratio=ratio).resolve(program, profile)
             repaired = repairer.quick(selection, repair) or repairer(selection, repair)
-            outputs = list(preview.predictions(selection, None, repaired, "auto"))
-            losses.append(divergence(torch.cat([out[1] for out in outputs]), torch.cat([out[2] for out in outputs])))
+            _, before, now = outputs(preview, selection, None, repaired, "auto")
+            losses.append(divergence(before, now))
         half = Plan(criterion).set(name, ratio=0.5).resolve(program, profile)
         found[name] = fitted(losses, 2.0 * (whole - cost(program, half).macs))
     return found

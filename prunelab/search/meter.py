@@ -77,8 +77,7 @@ class Meter:
 
     def _measured(self, selection: Selection, masked: Selection) -> Joint:
         repaired = self._quickly(masked) if self._quick else self._repairer(masked, self._repair)
-        parts = self._preview.predictions(selection, self._n, repaired, self._precision)
-        images, before, now = (torch.cat(part) for part in list(zip(*parts, strict=True))[:3])
+        images, before, now = outputs(self._preview, selection, self._n, repaired, self._precision)
         if now.dim() != 2 or len(now) != len(images):
             raise PruneLabError(f"A search needs outputs of shape (images, classes), not {tuple(now.shape)}.")
         labels = self._preview.labels[images].to(now.device)
@@ -100,6 +99,15 @@ class Meter:
         if not self._repair.startswith("least-squares"):
             return self._repairer(masked, self._repair)
         return self._repairer(masked, "norm") or self._repairer.quick(masked, self._repair) or {}
+
+
+def outputs(
+    preview: Preview, selection: Selection, n: int | None, repaired: Mapping[str, Tensor], precision: Precision
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of the images, and the uncut and the cut network's outputs for them, ``(images, classes)``."""
+    parts = preview.predictions(selection, n, repaired, precision)
+    images, before, now = (torch.cat(part) for part in list(zip(*parts, strict=True))[:3])
+    return images, before, now
 
 
 def divergence(before: Tensor, now: Tensor) -> float:

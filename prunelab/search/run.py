@@ -99,7 +99,10 @@ class Search:
     def _shares(self, choice: Choice) -> dict[str, float]:
         if choice not in self._sizes:
             self._sizes[choice] = self._space.sizes(self._space.plan(choice))
-        flops, params = self._sizes[choice]
+        return self._as_shares(*self._sizes[choice])
+
+    def _as_shares(self, flops: int, params: int) -> dict[str, float]:
+        """Of the uncut network's, what the wish counts."""
         shares = {"FLOPs": flops / max(self._dense.flops, 1), "parameters": params / max(self._dense.params, 1)}
         return {name: shares[name] for name in self._wish.budgets or ("FLOPs",)}
 
@@ -247,8 +250,7 @@ class Search:
         return {layer.name: min(ratio, top) for layer, top in zip(self._space.layers, tops, strict=True)}
 
     def _plan_fits(self, plan: Plan) -> bool:
-        flops, params = self._space.sizes(plan)
-        shares = {"FLOPs": flops / max(self._dense.flops, 1), "parameters": params / max(self._dense.params, 1)}
+        shares = self._as_shares(*self._space.sizes(plan))
         return all(shares[name] <= share for name, share in self._wish.budgets.items())
 
     def _better(self, one: Tried, other: Tried) -> bool:

@@ -21,6 +21,7 @@ from live import MEAN, STD, network
 
 import prunelab as pl
 from prunelab.datasets import npz
+from prunelab.papers.mean_activation import inner_layers
 from prunelab.repair import Repairer
 
 POINTS = (0.8, 0.65, 0.5, 0.4, 0.3)
@@ -83,7 +84,7 @@ def table(
 ) -> None:
     """One repair's table, a line as soon as it is there."""
     free = [layer.name for layer in program.layers if not layer.pinned]
-    inner = [layer.name for layer in program.layers if not layer.pinned and len(layer.producers) == 1]
+    inner = inner_layers(program)
     dense = pl.cost(program).flops
     print(f"\nrepair {repair}; unpruned {accuracy(pl.Plan())}\n")
     print("| FLOPs left | one ratio | one ratio inside blocks | best plan | parameters left | seconds |")

@@ -19,14 +19,6 @@ def lab() -> pl.Lab:
     return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(300), cache=False, probe=200)
 
 
-@pytest.fixture
-def explorer(lab: pl.Lab) -> Explorer:
-    lab.run_profile(progress=False)
-    found = pl.explore(lab)
-    assert found._worker.drain(60)
-    return found
-
-
 def test_the_lab_takes_the_plan_in_one_step_of_undo(lab: pl.Lab) -> None:
     lab.set("conv1", ratio=0.25, locked=True)
     lab.set("fc1", ratio=0.9)

@@ -19,14 +19,6 @@ def lab(tmp_path: Path) -> pl.Lab:
     return pl.Lab(model, TRAIN.subset(160), TEST.subset(64), cache=tmp_path, criterion="l1", probe=64)
 
 
-@pytest.fixture
-def explorer(lab: pl.Lab) -> Explorer:
-    lab.run_profile(progress=False)
-    found = pl.explore(lab)
-    assert found._worker.drain(60)
-    return found
-
-
 def test_every_criterion_fills_every_row(explorer: Explorer) -> None:
     assert tuple(explorer._criterion.options) == pl.criteria_names()
     for name in pl.criteria_names():

@@ -28,14 +28,6 @@ def lab() -> pl.Lab:
     return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(300), cache=False, criterion="l1")
 
 
-@pytest.fixture
-def explorer(lab: pl.Lab) -> Explorer:
-    lab.run_profile(progress=False)
-    found = pl.explore(lab)
-    assert found._worker.drain(60)
-    return found
-
-
 # Multiples ---------------------------------------------
 
 

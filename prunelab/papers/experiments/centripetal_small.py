@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -114,10 +113,8 @@ def _wider(task: Task, sets: Sets) -> Iterator[Measure]:
     finetune(narrow, train, val, folder=folder(task, "narrow"), **recipe)
     yield measured(narrow, test, point=point, method="trained so", stage="dense")
     squeezed = squeeze_to(make, train, val, wider=2.0, folder=folder(task, "wider"), **recipe)
-    yield replace(
-        measured(squeezed.trimmed(), test, point=point, method="twice as wide, then squeezed", stage="cut"),
-        note=_lossless(squeezed, test),
-    )
+    method, note = "twice as wide, then squeezed", _lossless(squeezed, test)
+    yield measured(squeezed.trimmed(), test, point=point, method=method, stage="cut", note=note)
 
 
 REPRODUCTIONS = (

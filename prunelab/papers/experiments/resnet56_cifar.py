@@ -18,6 +18,7 @@ from prunelab.datasets import ImageSet
 from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments.five_methods_figure import draw
 from prunelab.papers.experiments.sources import IMAGENET_MEAN, IMAGENET_STD, cifar10, folder, resnet56
+from prunelab.papers.mean_activation import inner_layers
 from prunelab.papers.reproduce import Reproduction, Task
 from prunelab.papers.shares import Curve, scanned, shared
 from prunelab.plan import Plan, Setting
@@ -126,10 +127,17 @@ def subject(task: Task) -> Subject:
     train, val, test = cifar10(task, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     model = zoo.resnet.ResNet(8).eval() if task.short else resnet56(task)
     program = trace(model, train.images[:2])
-    inner = [layer.name for layer in program.layers if not layer.pinned and len(layer.producers) == 1]
     task.say(f"  profiling on {effort.profiled:,} training images")
     seen = profile(program, train.subset(effort.profiled), progress=False)
-    return Subject(program, seen, train, val.subset(max(effort.searched, effort.scanned)), test, tuple(inner), effort)
+    return Subject(
+        program,
+        seen,
+        train,
+        val.subset(max(effort.searched, effort.scanned)),
+        test,
+        tuple(inner_layers(program)),
+        effort,
+    )
 
 
 # Plans ---------------------------------------------

@@ -1,7 +1,6 @@
 """Data and checkpoints of the reproductions, from one folder DIR.
 
     DIR/MNIST/raw/…                  torchvision's layout
-    DIR/FashionMNIST/raw/…           torchvision's layout
     DIR/cifar10.npz                  x_train, y_train, x_test, y_test (uint8), or DIR/cifar-10-batches-py/…
     DIR/resnet56-4bfd9763.th         ResNet-56 trained on CIFAR-10, by Yerlan Idelbayev
 
@@ -41,11 +40,6 @@ def mnist(task: Task, held_out: int = 5_000) -> Sets:
         PruneLabError: it is not in the folder of the data; says how to fetch it.
     """
     return _embedded() if task.short else _split(*_full(task, "mnist"), held_out)
-
-
-def fashion_mnist(task: Task, held_out: int = 5_000) -> Sets:
-    """The full Fashion-MNIST, as :func:`mnist`."""
-    return _embedded() if task.short else _split(*_full(task, "fashion_mnist_full"), held_out)
 
 
 def embedded(task: Task, held_out: int = 1_000) -> Sets:

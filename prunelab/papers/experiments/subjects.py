@@ -12,7 +12,7 @@ from torch import nn
 
 from prunelab import zoo
 from prunelab.datasets import ImageSet
-from prunelab.papers.experiments.sources import Sets, cifar10, mnist
+from prunelab.papers.experiments.sources import Sets, mnist
 from prunelab.papers.reproduce import Task
 from prunelab.train.augment import Augment
 
@@ -78,5 +78,3 @@ VGGS = (
     Subject("VGG-16", partial(_vgg, True), _FLIPPED),
 )
 RESNETS = (Subject("ResNet-56", _resnet, _FLIPPED),)
-
-__all__ = ["LENETS", "RESNETS", "VGGS", "Subject", "cifar10", "mnist_on_black"]
