@@ -29,10 +29,9 @@ def draw(best: Best, dark: bool = False) -> Figure:
     axes.invert_xaxis()
     axes.set_xlabel("FLOPs left (%)")
     axes.set_ylabel("change of accuracy (points)")
-    quicker = ", a quicker one for the steps" if best.plan.repair.startswith("least-squares") else ""
     axes.set_title(
         f"best plan for {best.wish} by {best.plan.criterion}: {best.found.accuracy:.1%}, uncut {best.base:.1%}\n"
-        f"repair {best.plan.repair}{quicker}",
+        f"repair {best.plan.repair}",
         fontsize=9,
     )
     axes.legend(fontsize=8, frameon=False, labelcolor=c["ink"], loc="lower left")

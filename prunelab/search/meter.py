@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from prunelab.errors import PruneLabError
 from prunelab.preview import Precision, Preview
 from prunelab.program.selection import Selection, with_masks
-from prunelab.repair import Repairer
 from prunelab.scanfile import read_scan, write_scan
 
 _WORST = 1e6
@@ -40,24 +39,20 @@ class Meter:
     def __init__(
         self,
         preview: Preview,
-        repairer: Repairer,
-        repair: str,
+        repaired: Callable[[Selection], Mapping[str, Tensor]],
         *,
         n: int,
-        quick: bool,
         masks: Mapping[str, Tensor],
         precision: Precision,
         file: Path | None,
     ) -> None:
         """Args:
+        repaired: corrected tensors for a selection, by state name.
         n: images.
-        quick: take a quicker repair in the place of least squares.
         """
         self._preview = preview
-        self._repairer = repairer
-        self._repair = repair
+        self._repaired = repaired
         self._n = n
-        self._quick = quick
         self._masks = masks
         self._precision = precision
         self._file = file
@@ -76,7 +71,7 @@ class Meter:
         return Joint(loss, int(right), int(lost), int(gained), self._n)
 
     def _measured(self, selection: Selection, masked: Selection) -> Joint:
-        repaired = self._quickly(masked) if self._quick else self._repairer(masked, self._repair)
+        repaired = self._repaired(masked)
         images, before, now = outputs(self._preview, selection, self._n, repaired, self._precision)
         if now.dim() != 2 or len(now) != len(images):
             raise PruneLabError(f"A search needs outputs of shape (images, classes), not {tuple(now.shape)}.")
@@ -89,16 +84,6 @@ class Meter:
             gained=int((~was & stays).sum()),
             n=len(images),
         )
-
-    def _quickly(self, masked: Selection) -> Mapping[str, Tensor]:
-        """A repair in milliseconds that ranks cuts much as the one asked for.
-
-        In the place of least squares, new statistics for the batch norms: on ResNet-20 at a fifth of the FLOPs they led
-        to plans that least squares brings to 86.6 %, its own quick form to such of 81.6 %. Without norms, that form.
-        """
-        if not self._repair.startswith("least-squares"):
-            return self._repairer(masked, self._repair)
-        return self._repairer(masked, "norm") or self._repairer.quick(masked, self._repair) or {}
 
 
 def outputs(

@@ -80,10 +80,10 @@ class Tried:
 
 @dataclass(frozen=True)
 class Step(Tried):
-    """A step of the search: one layer on another ratio, the others as in the step before.
+    """A step of the search.
 
     Attributes:
-        layer: which; an exchange names the layer that pays.
+        layer: the one that is cut furthest in it; an exchange names the layer that pays.
         ratio: of its channels that are gone then.
     """
 
@@ -99,8 +99,8 @@ class Best:
         wish: what was asked.
         found: the plan, measured on all images with the repair itself.
         uniform: the same for the plan that takes one ratio for all layers and grants the wish too, where there is one.
-        steps: of the search, as they were tried, each measured on ``n`` images, with a quicker repair in the place of
-            least squares (:class:`prunelab.search.meter.Meter`). With a drop alone some go too far, and it turns back.
+        steps: of the search, as they were tried, each measured on ``n`` images and repaired from fewer than the plan
+            found. With a drop alone some go too far, and it turns back.
         uniforms: plans of one ratio, measured as the steps.
         flops, params, base: of the uncut network; ``base`` is its accuracy on all images.
         precision: of the arithmetic.

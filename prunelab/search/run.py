@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -16,17 +16,22 @@ from prunelab.plan import Plan
 from prunelab.preview import Precision, Preview
 from prunelab.program.cache import Cache
 from prunelab.program.program import cost
+from prunelab.program.selection import Selection
 from prunelab.repair import Repairer
 from prunelab.scanfile import scan_file
 from prunelab.search.meter import Meter
-from prunelab.search.moves import exchanged, path
+from prunelab.search.moves import exchanged, moved, path
 from prunelab.search.result import Best, Step, Tried, Wish
+from prunelab.search.shares import RATIOS as SCANNED, Curve, fitted, priced_path
 from prunelab.search.space import RATIOS, Choice, Space
 
 T = TypeVar("T")
+Repaired = Callable[[Selection], Mapping[str, Tensor]]
 
-_PATH = 0.6
-"""Of the work, as shown, when the path is at its end."""
+_SCAN, _PATH = 0.2, 0.6
+"""Of the work, as shown, when the scan and the path are at their ends."""
+_PARTS = 6, 20
+"""Of a path by prices: to a budget, and all the way."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
 _FINE = tuple(k / 200 for k in range(191))
@@ -66,19 +71,19 @@ class Search:
         self._base = preview.accuracy(n=total, precision=precision)
         repair = space.fixed.repair
         sample = None if repair == "none" else repair_images
+        few = None if sample is None else sample[:_SEARCH_SAMPLE]
 
-        def meter(images_of_repair: Tensor | None, n: int, quick: bool) -> Meter:
-            file = scan_file(
-                space.program,
-                (images, labels, images_of_repair),
-                ("search", n, self._base.precision, repair, quick),
-                cache,
-            )
-            repairer = Repairer(space.program, images_of_repair)
-            return Meter(preview, repairer, repair, n=n, quick=quick, masks=masks, precision=precision, file=file)
+        def meter(how: str, n: int, of: Tensor | None, repaired: Repaired) -> Meter:
+            settings = ("search", n, self._base.precision, repair, how)
+            file = scan_file(space.program, (images, labels, of), settings, cache)
+            return Meter(preview, repaired, n=n, masks=masks, precision=precision, file=file)
 
-        self._rough = meter(None if sample is None else sample[:_SEARCH_SAMPLE], min(n, total), True)
-        self._exact = meter(sample, total, False)
+        exactly, roughly = Repairer(space.program, sample), Repairer(space.program, few)
+        self._exact = meter("exact", total, sample, lambda cut: exactly(cut, repair))
+        self._rough = meter("rough", min(n, total), few, lambda cut: roughly(cut, repair))
+        # A layer by itself needs no more than the quick form, and a scan has many of them.
+        self._alone = meter("alone", min(n, total), few, lambda cut: roughly.quick(cut, repair) or {})
+        self._by_price = repair.startswith("least-squares")
         self._sizes: dict[Choice, tuple[int, int]] = {}
         self._losses: dict[Choice, float] = {}
         self._choices = [space.whole]
@@ -145,7 +150,12 @@ class Search:
         """
         self._refuse_unreachable()
         last = self._space.last
-        yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE))
+        if self._by_price:
+            curves = yield from self._scan()
+            parts = _PARTS[0] if self._wish.budgets else _PARTS[1]
+            yield from self._go(priced_path(curves, self._space.nearest, self._fits, self._loss, parts))
+        else:
+            yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE))
         if self._wish.budgets:
             self._go_to(min(self._choices[-1], self._same_rungs(), key=self._loss))
         else:
@@ -156,6 +166,25 @@ class Search:
             yield from self._go(path(self._choices[-1], last, self._loss, self._lack, 1))
             self._turn_back()
         self._end()
+
+    def _scan(self) -> Generator[float, None, dict[str, Curve]]:
+        """What every layer costs alone; gives the share of the work that is done."""
+        curves: dict[str, Curve] = {}
+        whole = self._size(self._space.whole)
+        for k, (layer, ratios) in enumerate(zip(self._space.layers, self._space.rungs, strict=True)):
+            rungs = sorted({min(range(1, len(ratios)), key=lambda r: abs(ratios[r] - at)) for at in SCANNED})
+            alone = {ratios[r]: moved(self._space.whole, k, r) for r in rungs}
+            losses = [self._alone(self._space.selection(self._space.plan(choice))).loss for choice in alone.values()]
+            ratio, choice = list(alone.items())[len(alone) // 2]
+            curves[layer.name] = fitted(losses, (whole - self._size(choice)) / ratio, tuple(alone))
+            yield _SCAN * (k + 1) / len(self._space.layers)
+        return curves
+
+    def _fits(self, choice: Choice, part: float) -> bool:
+        """Whether a choice is small enough for a part of the way: to the budgets, or to nothing."""
+        budgets = self._wish.budgets
+        shares = self._shares(choice)
+        return all(share <= 1 - part * (1 - budgets.get(name, 0.0)) for name, share in shares.items())
 
     def _go(self, choices: Iterator[Choice]) -> Iterator[float]:
         """Step after step, until the loss is hopeless."""
@@ -168,7 +197,7 @@ class Search:
     def _hopeless(self, step: Step, choice: Choice) -> bool:
         """Whether there is no use in going on: with a drop alone, where a step has lost more than the wish bears.
 
-        The few images and the quick repair of a step only say when it is time to measure as at the end.
+        The few images of a step only say when it is time to measure as at the end.
         """
         if self._wish.budgets or self._wish.drop is None or step.change + step.half >= -self._wish.drop:
             return False

@@ -58,6 +58,13 @@ class Space:
         cut = {name: Setting(ratio=ratio) for name, ratio in ratios.items() if ratio}
         return replace(self.fixed, settings={**self.fixed.settings, **cut})
 
+    def nearest(self, ratios: Mapping[str, float]) -> Choice:
+        """The choice whose ratios are nearest to some, by layer; of two that are as near the lower one."""
+        return tuple(
+            min(range(len(there)), key=lambda k: (abs(there[k] - ratios[layer.name]), k))
+            for layer, there in zip(self.layers, self.rungs, strict=True)
+        )
+
     def selection(self, plan: Plan) -> Selection:
         """What a plan removes."""
         return plan.resolve(self.program, self.profile, self.scores)

@@ -17,7 +17,6 @@ from prunelab.papers.experiments import resnet56_cifar
 from prunelab.papers.experiments.five_methods_figure import draw
 from prunelab.papers.reproduce import Task, reproduce
 from prunelab.papers.result_oriented import Decided, result_oriented
-from prunelab.papers.shares import MOST, RATIOS, Curve, fitted, scanned, shared
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_methods_are_measured_at_equal_cost(short: Path) -> None:
     first = Run.read(short / "seed-0.json").measures
     dense, rest = first[0], first[1:]
-    methods = {*resnet56_cifar.TRAINED, "α = 0", "R = 1"}
+    methods = {*resnet56_cifar.TRAINED, "α = 0"}
     assert {(m.method, m.stage) for m in rest} >= {(m, s) for m in methods for s in ("cut", "repaired")}
     finetuned = {m.method for m in rest if m.stage == "trained"}
     assert finetuned == set(resnet56_cifar.TRAINED)
@@ -141,36 +140,11 @@ def test_the_picture_has_a_panel_for_each_stage_and_no_line_for_what_was_not_mea
     assert drawn["repaired", "L1"] == drawn["as cut", "APoZ"] == []
 
 
-# Shares from a scan ---------------------------------------------
-
-
-def test_a_power_law_is_found_again_and_its_price_is_the_slope() -> None:
-    curve = fitted([0.2 * ratio**2.5 for ratio in RATIOS], size=100.0)
-    assert (curve.scale, curve.power) == (pytest.approx(0.2), pytest.approx(2.5))
-    # dL/dr at 0.3, per MAC.
-    assert curve.ratio(0.2 * 2.5 * 0.3**1.5 / 100) == pytest.approx(0.3)
-    assert curve.ratio(1e9) == MOST
-
-
-def test_shared_plans_pay_one_price_and_fit_the_budget() -> None:
-    curves = {"cheap": Curve(0.01, 2.0, 100.0), "dear": Curve(0.1, 2.0, 100.0)}
-
-    def macs(plan: pl.Plan) -> int:
-        return round(200 - sum(100 * (setting.ratio or 0.0) for setting in plan.settings.values()))
-
-    plan = shared(curves, macs, 145, "l1")
-    cheap, dear = (plan.settings[name].ratio for name in ("cheap", "dear"))
-    assert cheap is not None
-    assert dear is not None
-    assert macs(plan) in (144, 145)
-    assert cheap == pytest.approx(10 * dear)
-
-
-def test_a_scan_measures_each_layer_alone(data: tuple[ImageSet, ImageSet]) -> None:
-    program = pl.trace(zoo.load("lenet"), data[1].images[:2])
-    images, labels = data[1].images[:100], data[1].labels[:100]
-    found = scanned(program, None, images, labels, criterion="l1", layers=("conv1", "fc1"), progress=False)
-    assert list(found) == ["conv1", "fc1"]
-    half = pl.cost(program, pl.Plan("l1").set("conv1", ratio=0.5).resolve(program)).macs
-    assert found["conv1"].size == 2 * (pl.cost(program).macs - half)
-    assert found["conv1"].scale > found["fc1"].scale
+def test_a_plan_of_one_price_is_no_larger_than_that_of_one_ratio() -> None:
+    found = resnet56_cifar.subject(Task(Path(), 0, print, True, Path()))
+    curves = resnet56_cifar.scan(found, "l1")
+    assert set(curves) == set(found.layers)
+    most = resnet56_cifar.macs(found, resnet56_cifar.uniform(found, 2.0))
+    plan = resnet56_cifar.priced(found, "l1", curves, most)
+    assert 0.85 * most <= resnet56_cifar.macs(found, plan) <= most
+    assert len({setting.ratio for setting in plan.settings.values()}) > 1

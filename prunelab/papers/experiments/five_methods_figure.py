@@ -23,6 +23,7 @@ _LINES = {
     "α = ½": ("#882255", "--", 1.0),
     "α = 1": ("#8c6bb1", "--", 1.0),
     "R = 1": ("#e69f00", "--", 1.0),
+    "R measured": ("#b8860b", ":", 1.2),
 }
 _TITLES = {"cut": "as cut", "repaired": "repaired", "trained": "after a short fine-tuning"}
 
