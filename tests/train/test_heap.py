@@ -26,7 +26,8 @@ def step() -> int:
 def test_what_a_step_frees_is_there_for_the_next_one_and_given_back_at_the_end() -> None:
     with freed_memory_kept():
         step()
-        others = [step() for _ in range(4)]
+        filled = sum(step() for _ in range(4))
         held = psutil.Process().memory_info().rss
-    assert sum(others) < BLOCKS * BYTES / resource.getpagesize() / 10
+    # Two of the 24 blocks may find a place of their own before the heap has settled.
+    assert filled < 2.5 * BYTES / resource.getpagesize()
     assert psutil.Process().memory_info().rss < held - BLOCKS * BYTES / 2
