@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -245,9 +245,16 @@ def write_folder(folder: Path, name: str, tensors: Mapping[str, Tensor], record:
         unnamed.rename(beside / called)
         head = {"format": FORMAT, "prunelab": __version__, "torch": torch.__version__, "tensors": called}
         (beside / f"{name}.json").write_text(json.dumps({**head, **record}), encoding="utf-8")
+    delete_others(folder, name, called)
+
+
+def delete_others(folder: Path, name: str, called: str) -> None:
+    """Delete the tensors of other saves than the one whose safetensors file is called so."""
     for old in folder.glob(f"{name}-*.safetensors"):
         if old.name != called:
-            old.unlink(missing_ok=True)
+            # Another process may have been faster, or the folder is one to read alone.
+            with suppress(OSError):
+                old.unlink()
 
 
 def read_folder(folder: Path, name: str) -> tuple[dict[str, Tensor], Record]:

@@ -17,7 +17,7 @@ from prunelab.errors import PruneLabError
 from prunelab.profile.store import digest_data, digest_tensor
 from prunelab.program.guard import random_kept
 from prunelab.program.trace import state_tensors
-from prunelab.saving import Record, read_folder, write_folder
+from prunelab.saving import Record, delete_others, read_folder, write_folder
 from prunelab.train.chance import seed_all
 from prunelab.train.recipe import Recipe
 
@@ -92,6 +92,8 @@ class Checkpoints:
     def read(self) -> tuple[dict[str, Tensor], Record] | None:
         """Tensors and record of the last checkpoint, or None where the run has none yet.
 
+        What a killed process left beside it is deleted.
+
         Raises:
             PruneLabError: the folder holds another run's, or a damaged one.
         """
@@ -106,6 +108,9 @@ class Checkpoints:
             )
         # Not those that it goes on with now: whoever has the first ones may go on as well.
         self._first_weights = record["weights"][0]
+        # Here too: a run that is complete writes no further one.
+        self._clear()
+        delete_others(self.folder, NAME, record["tensors"])
         return tensors, record
 
     def _other(self, record: Record) -> str:

@@ -43,6 +43,10 @@ class Batch:
         """The batch on a device."""
         return Batch(tuple(_sent(each, device) for each in self.inputs), _sent(self.labels, device))
 
+    def laid_out(self, channels_last: bool) -> Batch:
+        """The batch with its images, where it has any, in a memory layout."""
+        return Batch(in_layout(self.inputs, channels_last), self.labels)
+
     def split(self, at_once: int) -> list[Batch]:
         """The batch in parts of so many images."""
         return [
@@ -52,6 +56,15 @@ class Batch:
             )
             for start in range(0, len(self), at_once)
         ]
+
+
+def in_layout(inputs: tuple[Any, ...], channels_last: bool) -> tuple[Any, ...]:
+    """A network's inputs, those with four dimensions in a memory layout."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return tuple(
+        each.contiguous(memory_format=layout) if isinstance(each, Tensor) and each.dim() == 4 else each
+        for each in inputs
+    )
 
 
 def _sent(value: Any, device: torch.device) -> Any:
@@ -90,12 +103,20 @@ class Held:
         order = torch.randperm(len(self.tensors[0]), generator=generator).to(self.tensors[0].device)
         for step in range(start, len(self)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            share = -(-len(chosen) // self.processes)
-            # Every process takes as many: where the step does not divide, its first images are taken twice.
-            chosen = torch.cat([chosen, chosen[: share * self.processes - len(chosen)]])
-            mine = chosen[self.rank * share : (self.rank + 1) * share]
-            parts = tuple(each.index_select(0, mine) for each in self.tensors)
-            yield Batch.of(parts).to(self.device)
+            if self.processes > 1:
+                share = -(-len(chosen) // self.processes)
+                # Every process takes as many: where the step does not divide, its first images are taken twice.
+                chosen = torch.cat([chosen, chosen[: share * self.processes - len(chosen)]])
+                chosen = chosen[self.rank * share : (self.rank + 1) * share]
+            yield Batch.of(tuple(_taken(each, chosen) for each in self.tensors)).to(self.device)
+
+
+def _taken(tensor: Tensor, which: Tensor) -> Tensor:
+    """Some of a tensor's items, in the memory layout that it has."""
+    if tensor.dim() != 4 or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.index_select(0, which)
+    # index_select itself gives the plain layout, by a copy that is four times as slow.
+    return tensor.permute(0, 2, 3, 1).index_select(0, which).permute(0, 3, 1, 2)
 
 
 class Loaded:

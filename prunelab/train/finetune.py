@@ -13,6 +13,7 @@ from prunelab.errors import PruneLabError
 from prunelab.program.guard import random_kept
 from prunelab.progress import Progress
 from prunelab.train.checkpoint import Checkpoints, identity
+from prunelab.train.heap import freed_memory_kept
 from prunelab.train.position import Epoch
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import accelerated, as_it_was
@@ -76,7 +77,8 @@ def finetune(
     with random_kept(), as_it_was(model, recipe.optimizer), accelerated(recipe.precision) as accelerator:
         checkpoints = None if folder is None else Checkpoints(folder, identity(model, train, val, recipe))
         trainer = Trainer(accelerator, model, train, val, recipe, watch)
-        trainer.run(progress, on_epoch, checkpoints, every)
+        with freed_memory_kept():
+            trainer.run(progress, on_epoch, checkpoints, every)
     columns = [each.name for each in fields(Epoch)]
     table = pd.DataFrame([vars(row) for row in trainer.at.rows], columns=columns).set_index("epoch")
     table.attrs.update(trainer.at.notes)

@@ -16,6 +16,7 @@ from prunelab.machine import cpu_gains_from_bfloat16
 from prunelab.program.guard import eval_mode
 from prunelab.program.trace import state_tensors
 from prunelab.progress import say_once
+from prunelab.train.data import in_layout
 
 
 class Shell(nn.Module):
@@ -111,7 +112,7 @@ def laid_out(model: nn.Module, inputs: tuple[Any, ...], wanted: bool | None) -> 
         model.to(memory_format=torch.channels_last)
         # Forwards with .view() may not take it.
         with suppress(RuntimeError):
-            return True, _outputs(model, inputs)
+            return True, _outputs(model, in_layout(inputs, channels_last=True))
         if wanted:
             raise PruneLabError(
                 "The network's forward does not take the channels_last layout: leave channels_last out."

@@ -20,7 +20,7 @@ from prunelab.progress import Progress, Stopped, track
 from prunelab.saving import Record
 from prunelab.train.chance import seed_all, seed_of
 from prunelab.train.checkpoint import Checkpoints
-from prunelab.train.data import Batch, Held, Loaded, check_classes, training_source
+from prunelab.train.data import Batch, Held, Loaded, check_classes, in_layout, training_source
 from prunelab.train.evaluate import Judge
 from prunelab.train.masks import Masks
 from prunelab.train.memory import halving
@@ -52,9 +52,9 @@ class Trainer:
         self.objective = Objective(recipe)
         self.own_optimizer = recipe.optimizer_for(model)
         example = self.judge.example()
-        channels_last, outputs = laid_out(model.to(self.device), example, recipe.channels_last)
-        if self.objective.teacher is not None:
-            laid_out(self.objective.teacher.to(self.device), example, recipe.channels_last)
+        self.channels_last, outputs = laid_out(model.to(self.device), example, recipe.channels_last)
+        if (teacher := self.objective.teacher) is not None:
+            self.teacher_channels_last, _ = laid_out(teacher.to(self.device), example, recipe.channels_last)
         self._check_classes(train, val, outputs)
         lay_out_like_parameters(self.own_optimizer)
         self.rates = [group["lr"] for group in self.own_optimizer.param_groups]
@@ -63,7 +63,7 @@ class Trainer:
         scaled = accelerator.scaler is not None
         self.optimizer = accelerator.prepare_optimizer(self.own_optimizer) if scaled else self.own_optimizer
         self.masks = Masks(model, recipe.masks)
-        self.generator = torch.Generator(self.device)
+        self.generator = torch.Generator()
         self.at = Position()
         self.best = Best(-math.inf, {})
         self.loss_sum = torch.zeros((), device=self.device)
@@ -74,7 +74,7 @@ class Trainer:
             "precision": {"no": "the network's own", "bf16": "bfloat16", "fp16": "float16"}[
                 accelerator.mixed_precision
             ],
-            "layout": "channels_last" if channels_last else "as it was",
+            "layout": "channels_last" if self.channels_last else "as it was",
             "data": self.source.where,
         }
 
@@ -177,7 +177,7 @@ class Trainer:
         steps = -(-self.recipe.norm_images // self.recipe.batch_size)
         batches = islice(self.source.epoch(self.recipe.epochs + 1), steps)
         parts = (part for batch in batches for part in batch.split(self.at.at_once or len(batch)))
-        take_anew(self.model, norms, (part.to(self.device) for part in parts))
+        take_anew(self.model, norms, (self._sent(part) for part in parts))
         if self.accelerator.num_processes > 1:
             mean_over_processes(
                 (b for norm in norms for b in norm.buffers() if b.is_floating_point()), self.accelerator
@@ -196,20 +196,20 @@ class Trainer:
         """Gradients of a batch, and what the optimizer makes of them."""
         if self.objective.needs_labels and batch.labels is None:
             raise PruneLabError("Fine-tuning needs labels: the data must give (image, label) pairs.")
-        at, recipe = self.at, self.recipe
+        at, recipe, images = self.at, self.recipe, len(batch)
         done = (at.epoch - 1) * len(self.source) + at.step
         factor = recipe.factor(done, recipe.epochs * len(self.source))
         for group, rate in zip(self.own_optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         # A loader's own random numbers go on afterwards where they were.
         with random_kept() if isinstance(self.source, Loaded) else nullcontext():
-            most = min(at.at_once or len(batch), len(batch))
+            most = min(at.at_once or images, images)
             loss, at_once = halving(lambda at_once: self._gradients(batch, at_once), most, "training")
             self.optimizer.step()
         self.masks.apply()
         at.at_once = at_once if at_once < most else at.at_once
-        at.seen += len(batch)
-        self.loss_sum += loss * len(batch)
+        at.seen += images
+        self.loss_sum.add_(loss, alpha=images)
 
     def _gradients(self, batch: Batch, at_once: int) -> Tensor:
         """The mean loss of a batch, its gradients gathered over parts of so many images."""
@@ -217,8 +217,8 @@ class Trainer:
         seed_all(*place)
         self.generator.manual_seed(seed_of(*place, "augment"))
         self.own_optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        parts = batch.split(at_once)
+        parts = batch.split(at_once) if at_once < len(batch) else [batch]
+        losses: list[Tensor] = []
         for part in parts:
             # Processes exchange their gradients once, with the last part.
             last = part is parts[-1]
@@ -226,8 +226,8 @@ class Trainer:
                 loss = self._loss(part)
                 loss = loss if len(parts) == 1 else loss * (len(part) / len(batch))
                 self._backward(loss, exchange=last and self.accelerator.num_processes > 1)
-            total += loss.detach()
-        return total
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _backward(self, loss: Tensor, exchange: bool) -> None:
         try:
@@ -241,7 +241,7 @@ class Trainer:
             ) from error
 
     def _loss(self, part: Batch) -> Tensor:
-        here = part.to(self.device)
+        here = self._sent(part)
         inputs = here.inputs
         if self.recipe.augment is not None:
             inputs = (self.recipe.augment(inputs[0], self.generator), *inputs[1:])
@@ -251,8 +251,12 @@ class Trainer:
         if self.objective.teacher is None:
             return self.objective(outputs, here.labels, None)
         with self.accelerator.autocast():
-            taught = self.objective.taught(inputs)
+            taught = self.objective.taught(in_layout(inputs, self.teacher_channels_last))
         return self.objective(outputs, here.labels, taught)
+
+    def _sent(self, part: Batch) -> Batch:
+        """A part of a batch as the network takes it."""
+        return part.to(self.device).laid_out(self.channels_last)
 
     def _check_finite(self) -> None:
         # Once it is not finite, no later loss makes the sum finite again.

@@ -11,35 +11,51 @@ import prunelab as pl
 from prunelab.train.augment import Augment, cropped, flipped, without_square
 
 IMAGES = torch.randn(40, 3, 9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+LYING = {
+    "contiguous": IMAGES,
+    "channels_last": IMAGES.contiguous(memory_format=torch.channels_last),
+    "parts": IMAGES.repeat_interleave(2, 3)[..., ::2],
+    "grey": IMAGES[:, :1],
+}
+layouts = pytest.mark.parametrize("images", LYING.values(), ids=LYING)
 
 
 def whole(stop: int, seed: int, start: int = 0) -> Tensor:
     return torch.randint(start, stop, (len(IMAGES),), generator=torch.Generator().manual_seed(seed))
 
 
-def test_chosen_images_are_mirrored() -> None:
+@layouts
+def test_chosen_images_are_mirrored(images: Tensor) -> None:
     chosen = whole(2, 1) == 1
-    expected = [tv.horizontal_flip(image) if c else image for image, c in zip(IMAGES, chosen, strict=True)]
-    assert torch.equal(flipped(IMAGES, chosen), torch.stack(expected))
+    expected = [tv.horizontal_flip(image) if c else image for image, c in zip(images, chosen, strict=True)]
+    assert torch.equal(flipped(images, chosen), torch.stack(expected))
 
 
+@layouts
 @pytest.mark.parametrize("padding", [0, 1, 4, 12])
-def test_crops_are_windows_of_the_padded_image(padding: int) -> None:
+def test_crops_are_windows_of_the_padded_image(padding: int, images: Tensor) -> None:
     top, left = whole(2 * padding + 1, 1), whole(2 * padding + 1, 2)
     expected = [
         tv.crop(tv.pad(image, [padding] * 4), t, p, 9, 7)
-        for image, t, p in zip(IMAGES, top.tolist(), left.tolist(), strict=True)
+        for image, t, p in zip(images, top.tolist(), left.tolist(), strict=True)
     ]
-    assert torch.equal(cropped(IMAGES, padding, top, left), torch.stack(expected))
+    assert torch.equal(cropped(images, padding, top, left), torch.stack(expected))
 
 
+@layouts
 @pytest.mark.parametrize("size", [0, 1, 3, 20])
-def test_squares_are_cut_out_as_far_as_they_lie_inside(size: int) -> None:
+def test_squares_are_cut_out_as_far_as_they_lie_inside(size: int, images: Tensor) -> None:
     row, column = whole(9, 1, -3), whole(7, 2, -3)
-    expected = IMAGES.clone()
+    expected = images.clone()
     for image, r, c in zip(expected, row.tolist(), column.tolist(), strict=True):
         image[:, max(r, 0) : max(r + size, 0), max(c, 0) : max(c + size, 0)] = 0
-    assert torch.equal(without_square(IMAGES, size, row, column), expected)
+    assert torch.equal(without_square(images, size, row, column), expected)
+
+
+def test_channels_last_images_stay_that() -> None:
+    found = Augment(flip=True, crop=2, cutout=3)(LYING["channels_last"], torch.Generator())
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, Augment(flip=True, crop=2, cutout=3)(IMAGES, torch.Generator()))
 
 
 def test_the_generator_decides_and_the_given_images_stay() -> None:

@@ -45,7 +45,14 @@ def stopping_after(steps: int) -> Callable[..., bool]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def leave_as_killed(folder: Path) -> None:
+    """What a process leaves that is killed right after its last checkpoint has moved to its place."""
+    (folder / ".unfinished-abc").mkdir()
+    (folder / ".unfinished-abc" / "tensors").write_text("half")
+    (folder / "training-0123456789abcdef.safetensors").write_text("the one before")
 
 
 def test_a_stopped_training_goes_on_with_the_model_it_left_and_with_the_one_it_began_with(tmp_path: Path) -> None:
@@ -67,6 +74,17 @@ def test_a_stopped_training_goes_on_with_the_model_it_left_and_with_the_one_it_b
     assert same(other, whole)
     pd.testing.assert_frame_equal(again, table)
     assert before == contents(tmp_path / "run")
+
+
+def test_what_was_left_beside_the_last_checkpoint_is_gone_when_the_run_is_looked_at_again(tmp_path: Path) -> None:
+    model = killed.network()
+    tuned(model, tmp_path, epochs=1)
+    before = contents(tmp_path)
+    (tmp_path / "notes.txt").write_text("the user's own")
+    leave_as_killed(tmp_path)
+    tuned(model, tmp_path, epochs=1)
+    assert contents(tmp_path) == {**before, "notes.txt": b"the user's own"}
+    assert not list(tmp_path.glob(".unfinished-*"))
 
 
 def test_momentum_of_other_optimizers_survives_too(tmp_path: Path) -> None:
@@ -122,6 +140,7 @@ def test_another_runs_folder_is_refused_and_not_touched(
     tmp_path: Path, make: Callable[[], nn.Module], settings: dict[str, Any], message: str
 ) -> None:
     tuned(killed.network(), tmp_path, epochs=1)
+    leave_as_killed(tmp_path)
     before, model = contents(tmp_path), make()
     weights = values(model)
     with pytest.raises(pl.PruneLabError, match=f"of another run: {message}"):

@@ -303,3 +303,37 @@ def test_nothing_to_train_is_said(damaged: nn.Module, data: tuple[ImageSet, Imag
     damaged.requires_grad_(False)
     with pytest.raises(pl.PruneLabError, match="no parameters to train: all of them are frozen"):
         tuned(damaged, data)
+
+
+class Views(nn.Module):
+    """Views its images as rows, which takes them in the plain layout alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(3 * 64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape ``(images, 3)``."""
+        return self.fc(x.view(len(x), -1)) + self.conv(x).mean(dim=(1, 2, 3)).unsqueeze(1)
+
+
+def test_the_layout_of_the_images_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(70, 3, 8, 8, generator=generator), torch.randint(3, (70,), generator=generator)
+    torch.manual_seed(0)
+    filters = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    views = Views()
+    # A teacher may take another layout than its pupil.
+    for model, settings, layout in (
+        (filters, {"teacher": views}, "channels_last"),
+        (views, {"teacher": filters}, "as it was"),
+        (views, {"augment": pl.Augment(flip=True, crop=1)}, "as it was"),
+    ):
+        found = []
+        for lying in (images, images.contiguous(memory_format=torch.channels_last)):
+            one = copy.deepcopy(model)
+            data = TensorDataset(lying, labels), TensorDataset(images, labels)
+            table = tuned(one, data, batch_size=16, precision="no", keep="last", **settings)
+            assert table.attrs["layout"] == layout
+            found.append(values(one))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
