@@ -28,8 +28,8 @@ from prunelab.search.space import RATIOS, Choice, Space
 T = TypeVar("T")
 Repaired = Callable[[Selection], Mapping[str, Tensor]]
 
-_SCAN, _PATH = 0.2, 0.6
-"""Of the work, as shown, when the scan and the path are at their ends."""
+_SCAN, _PATH, _COMPARED = 0.2, 0.6, 0.8
+"""Of the work, as shown, when the scan, the path and the other path beside it are at their ends."""
 _PARTS = 6, 20
 """Of a path by prices: to a budget, and all the way."""
 _STRIDE = 2
@@ -37,6 +37,7 @@ _STRIDE = 2
 _FINE = tuple(k / 200 for k in range(191))
 _SEARCH_SAMPLE = 256
 """Images that a repair looks at for every step: it has to be quick rather than exact."""
+_TINY = 1e-12
 
 
 class Search:
@@ -81,6 +82,8 @@ class Search:
         exactly, roughly = Repairer(space.program, sample), Repairer(space.program, few)
         self._exact = meter("exact", total, sample, lambda cut: exactly(cut, repair))
         self._rough = meter("rough", min(n, total), few, lambda cut: roughly(cut, repair))
+        # New statistics of the norms in the place of new weights: much quicker.
+        self._hasty = meter("hasty", min(n, total), few, lambda cut: roughly(cut, "norm"))
         # A layer by itself needs no more than the quick form, and a scan has many of them.
         self._alone = meter("alone", min(n, total), few, lambda cut: roughly.quick(cut, repair) or {})
         self._by_price = repair.startswith("least-squares")
@@ -160,6 +163,8 @@ class Search:
             self._go_to(min(self._choices[-1], self._same_rungs(), key=self._loss))
         else:
             self._turn_back()
+        if self._by_price:
+            yield from self._compare_one_by_one()
         now = self._choices[-1]
         yield from self._go(exchanged(now, last, self._loss, self._no_larger_than(now), self._size))
         if not self._wish.budgets:
@@ -179,6 +184,27 @@ class Search:
             curves[layer.name] = fitted(losses, (whole - self._size(choice)) / ratio, tuple(alone))
             yield _SCAN * (k + 1) / len(self._space.layers)
         return curves
+
+    def _compare_one_by_one(self) -> Iterator[float]:
+        """Go to the choice of the same size that cutting layer after layer leads to, if that is better.
+
+        Where layers share channels, as in residual networks, what each costs alone says little of what they cost
+        together; a path measures them together, but has no time for the repair itself.
+        """
+        now = self._choices[-1]
+        most, whole = self._size(now), self._size(self._space.whole)
+        fits = self._no_larger_than(now)
+
+        def above(choice: Choice) -> float:
+            return 0.0 if fits(choice) else max(self._size(choice) - most, _TINY)
+
+        def loss(choice: Choice) -> float:
+            return self._hasty(self._space.selection(self._space.plan(choice))).loss
+
+        found = now
+        for found in path(self._space.whole, self._space.last, loss, above, _STRIDE):
+            yield _PATH + (_COMPARED - _PATH) * (1 - above(found) / max(whole - most, _TINY))
+        self._go_to(min(now, found, key=self._loss))
 
     def _fits(self, choice: Choice, part: float) -> bool:
         """Whether a choice is small enough for a part of the way: to the budgets, or to nothing."""

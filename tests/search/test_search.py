@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from torch import nn
 
 import prunelab as pl
 from prunelab import zoo
@@ -125,6 +126,40 @@ def test_it_beats_one_ratio_on_images_that_it_was_not_chosen_by(name: str, flops
     preview = pl.Preview(program, TEST.images[OTHERS], TEST.labels[OTHERS])
     ours, theirs = (preview.accuracy(t.plan.resolve(program)).accuracy for t in (found.found, found.uniform))
     assert ours > theirs + 0.05
+
+
+@pytest.mark.parametrize("wish", [{"flops": 0.5}, {"drop": 0.05}], ids=str)
+def test_with_a_repair_it_cuts_the_layer_whose_channels_follow_from_others(wish: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 8))
+    with torch.no_grad():
+        for part in (first.weight, first.bias):
+            # Four filters, each of them in four sizes.
+            part.copy_(torch.cat([part[:4] * scale for scale in (1.0, 1.5, 0.5, 2.0)]))
+        model[6].weight.mul_(20)
+        images = torch.randn(1500, 3, 8, 8)
+        labels = model(images).argmax(1)
+    program = pl.trace(model, images[:2])
+    found = pl.best_plan(
+        program, None, images[:500], labels[:500], repair="least-squares", repair_images=images[500:1000], n=128,
+        cache=False, progress=False, **wish,
+    )  # fmt: skip
+    ratios = {name: setting.ratio or 0.0 for name, setting in found.plan.settings.items()}
+    # A quarter of the first layer says it all; the second has nothing to spare.
+    assert 0.6 < ratios["0"] <= 0.75
+    assert ratios.get("2", 0.0) < 0.2
+    preview, repairer = pl.Preview(program, images[1000:], labels[1000:]), Repairer(program, images[500:1000])
+    accuracies = []
+    for tried in (found.found, found.uniform):
+        assert tried is not None
+        selection = tried.plan.resolve(program)
+        accuracies.append(preview.accuracy(selection, repaired=repairer(selection, "least-squares")).accuracy)
+    if "flops" in wish:
+        assert accuracies[0] > accuracies[1] + 0.05
+    else:
+        assert found.uniform is not None
+        assert found.found.flops < 0.8 * found.uniform.flops
 
 
 @pytest.mark.parametrize("repair", ["none", "least-squares"])
