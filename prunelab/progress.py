@@ -45,7 +45,8 @@ def say_once(text: str) -> None:
     """Tell the user something that is worth knowing once in a process."""
     if text not in _said:
         _said.add(text)
-        sys.stderr.write(text + "\n")
+        # A notebook shows what comes by stderr on red, as if something was wrong.
+        (sys.stdout if "ipykernel" in sys.modules else sys.stderr).write(text + "\n")
 
 
 def _bar(items: Iterable[T], what: str, total: int | None, before: int) -> Iterator[T]:

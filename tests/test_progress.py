@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from prunelab import progress
@@ -40,10 +42,15 @@ def test_false_stops_after_the_item() -> None:
 
 def test_what_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_said", set())
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     for _ in range(3):
         say_once("It rains.")
     say_once("It pours.")
     assert capsys.readouterr() == ("", "It rains.\nIt pours.\n")
+    # In a notebook, where stderr looks like a mistake.
+    monkeypatch.setitem(sys.modules, "ipykernel", progress)
+    say_once("It snows.")
+    assert capsys.readouterr() == ("It snows.\n", "")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from prunelab.search.space import Choice
 
 Measure = Callable[[Choice], float]
 
-_MOST = 40
-"""Exchanges at most."""
 _WORTH_IT = 0.99
 """What an exchange must bring the loss down to, of what it was: less is the chance of the images."""
 _TRIED = 12
@@ -65,7 +63,7 @@ def moved(choice: Choice, k: int, rung: int) -> Choice:
 
 
 def exchanged(
-    now: Choice, last: Choice, loss: Measure, fits: Callable[[Choice], bool], size: Measure
+    now: Choice, last: Choice, loss: Measure, fits: Callable[[Choice], bool], size: Measure, most: int
 ) -> Iterator[Choice]:
     """Better and better choices that fit: one layer gets channels back, and another pays for it.
 
@@ -74,10 +72,11 @@ def exchanged(
 
     Args:
         size: of the network.
+        most: exchanges that are looked for.
     """
     layers = range(len(now))
     known, fresh = _worths(now, last, layers, loss, size), True
-    for _ in range(_MOST):
+    for _ in range(most):
         tried = _promising(now, last, known, fits, size)
         found = next((there for there in tried if loss(there) < _WORTH_IT * loss(now)), None)
         if found is not None:

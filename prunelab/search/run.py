@@ -30,10 +30,12 @@ Repaired = Callable[[Selection], Mapping[str, Tensor]]
 
 _SCAN, _PATH, _COMPARED = 0.2, 0.6, 0.8
 """Of the work, as shown, when the scan, the path and the other path beside it are at their ends."""
-_PARTS = 6, 20
+_PARTS = 6, 10
 """Of a path by prices: to a budget, and all the way."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
+_EXCHANGES = 40, 2
+"""At most, without a repair by least squares and with one, for which every measurement takes ten times as long."""
 _FINE = tuple(k / 200 for k in range(191))
 _SEARCH_SAMPLE = 256
 """Images that a repair looks at for every step: it has to be quick rather than exact."""
@@ -165,8 +167,8 @@ class Search:
             self._turn_back()
         if self._by_price:
             yield from self._compare_one_by_one()
-        now = self._choices[-1]
-        yield from self._go(exchanged(now, last, self._loss, self._no_larger_than(now), self._size))
+        now, most = self._choices[-1], _EXCHANGES[self._by_price]
+        yield from self._go(exchanged(now, last, self._loss, self._no_larger_than(now), self._size, most))
         if not self._wish.budgets:
             yield from self._go(path(self._choices[-1], last, self._loss, self._lack, 1))
             self._turn_back()

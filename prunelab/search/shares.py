@@ -28,7 +28,7 @@ RATIOS = (0.25, 0.5, 0.75, 0.9375)
 MOST = 0.95
 """The largest ratio of a layer."""
 
-BETWEEN = (0.0, 0.4, 0.8, 1.2)
+BETWEEN = (0.0, 0.5, 1.0)
 """Where between one ratio and one price a path looks, as :func:`between` counts."""
 
 _LEAST_LOSS = 1e-6

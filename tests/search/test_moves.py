@@ -76,7 +76,7 @@ def test_a_price_is_measured_again_only_when_its_layer_would_be_next() -> None:
 @pytest.mark.parametrize("budget", [18.0, 12.0, 7.0])
 def test_exchanges_come_to_the_best_choice_from_a_bad_one(loss: Callable[[Choice], float], budget: float) -> None:
     start = next(c for c in product(*(range(top + 1) for top in LAST)) if size(c) <= budget)
-    found = list(exchanged(start, LAST, loss, within(budget), size))
+    found = list(exchanged(start, LAST, loss, within(budget), size, most=40))
     losses = [loss(choice) for choice in (start, *found)]
     assert losses == sorted(losses, reverse=True)
     assert all(size(choice) <= budget for choice in found)
