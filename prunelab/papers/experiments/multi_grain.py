@@ -68,6 +68,8 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
         stops=setting.stops,
         channels=0.3 if task.short else setting.channels,
         weights=0.8 if task.short else setting.weights,
+        score="lamp",
+        repair=_REPAIR,
         recovery=seeded(setting.recovery),
         finetuning={grain: seeded(recipe) for grain, recipe in setting.finetuning.items()},
         on_grain=measure,
@@ -77,6 +79,7 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
     yield from found
 
 
+_REPAIR = {**dict.fromkeys(GRAINS, "least-squares"), "weight": "none"}
 _GREY = Recipe(epochs=1, lr=0.02, batch_size=64, weight_decay=1e-4, augment=Augment(flip=True, crop=2))
 _SMALL = _Setting(
     budgets={"block": 0.01, "layer": 0.01, "channel": 0.01, "weight": 0.05},
@@ -84,7 +87,7 @@ _SMALL = _Setting(
     channels=0.05,
     weights=0.3,
     recovery=_GREY,
-    finetuning={**dict.fromkeys(GRAINS, _GREY), "weight": replace(_GREY, epochs=30)},
+    finetuning={**dict.fromkeys(GRAINS, _GREY), "weight": replace(_GREY, epochs=14, keep="last")},
 )
 _RESNET = _Setting(
     budgets={"block": 0.02, "layer": 0.03, "channel": 0.04, "weight": 0.06},
