@@ -11,7 +11,8 @@ far higher compression than one of them gives. Criteria and schedule are not giv
 Blocks and layers, replaced by the identity, are scored by the loss that bypassing them adds on a calibration set once
 the weights behind them are repaired. Channels are scored by any criterion, counted in standard deviations from their
 layer's mean, all layers together; coupled ones go together. Weights go by magnitude or by LAMP, all layers together;
-what is zero stays zero in all training. After every cut the surviving weights are repaired before they are trained.
+what is zero stays zero in all training. After every cut the surviving weights are repaired, unless told otherwise, and
+then trained.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def lamp(weights: Tensor) -> Tensor:
     """Layer-adaptive magnitudes of a layer's weights, in any shape; 1 for the largest, 0 for what is zero.
 
     *w*² over the sum of the squares of the layer's weights that are not smaller, which lets layers of different scale
-    be compared: Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning, arXiv 2010.07611, eq. 4.
+    be compared: Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning, arXiv 2010.07611.
     """
     squares, order = weights.flatten().square().sort(descending=True, stable=True)
     scores = torch.empty_like(squares)
