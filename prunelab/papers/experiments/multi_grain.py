@@ -141,7 +141,7 @@ REPRODUCTIONS = (
         run=_vgg_small,
         remarks=_KNOWN + " This network has layers that can be bypassed, and no block of several: that grain takes "
         "nothing; `multi-grain-resnet20` has all four. The weight grain's settings were chosen by the distance to the "
-        "teacher (Kullback-Leibler divergence) on augmented validation images, from a dozen single runs of 3 to 20 "
+        "teacher (Kullback-Leibler divergence) on augmented validation images, from 17 single runs of 3 to 20 "
         "epochs: no repair after a cut of weights (0.074 against 0.083 with least squares, learning rate 0.005), LAMP "
         "(0.066 against 0.068 by magnitude, less than one run can tell), learning rate 0.02 and temperature 2 (0.045 "
         "against 0.051 with 0.01 and 4). At temperature 2 a rate of 0.01 was ahead in a run of 7 epochs (0.064 against "
