@@ -10,8 +10,9 @@ far higher compression than one of them gives. Criteria and schedule are not giv
 
 Blocks and layers, replaced by the identity, are scored by the loss that bypassing them adds on a calibration set once
 the weights behind them are repaired. Channels are scored by any criterion, counted in standard deviations from their
-layer's mean, all layers together; coupled ones go together. Weights go by magnitude, all layers together; what is zero
-stays zero in all training. After every cut the surviving weights are repaired before they are trained.
+layer's mean, all layers together; coupled ones go together. Weights go by magnitude or by LAMP, all layers together;
+what is zero stays zero in all training. After every cut the surviving weights are repaired, unless told otherwise, and
+then trained.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class _Method:
     train: Any
     val: Any
     criterion: str
-    repair: str
+    score: str
+    repair: Mapping[str, str]
     channels: float
     weights: float
     calibration: int
@@ -85,7 +87,8 @@ def multi_grain(
     budgets: Mapping[str, float] = BUDGETS,
     stops: Mapping[str, Sequence[float]] | None = None,
     criterion: str = "l1",
-    repair: str = "least-squares",
+    score: str = "magnitude",
+    repair: str | Mapping[str, str] = "least-squares",
     channels: float = 0.1,
     weights: float = 0.2,
     calibration: int = 512,
@@ -107,7 +110,10 @@ def multi_grain(
         stops: by grain, rising compressions (dense parameters / non-zero parameters). The grain pauses at each of them
             for its fine-tuning, and ends with the last; without them it goes on until its budget is spent.
         criterion: scores channels, one of :func:`prunelab.criteria_names`.
-        repair: of the surviving weights after every cut, one of :data:`prunelab.plan.REPAIRS`.
+        score: scores single weights, one of :data:`prunelab.papers.multi_grain_scores.WEIGHT_SCORES`.
+        repair: of the surviving weights after every cut, one of :data:`prunelab.plan.REPAIRS`, or one for each grain
+            by name. Least squares after a large cut of weights gives a better network at once, and one that may be
+            harder to train: where inputs are much alike, its weights are large, and the same learning rate too high.
         channels: share of all channels that one cut takes; ``weights``: share of the weights that are not zero yet.
         calibration: training images on which bypasses are scored.
         recovery: the training after each cut, one epoch unless told; ``finetuning``: that at the end of a grain, five
@@ -123,11 +129,14 @@ def multi_grain(
             finetune raises.
     """
     long = finetuning if isinstance(finetuning, Mapping) else dict.fromkeys(GRAINS, finetuning or Recipe(epochs=5))
+    repairs = repair if isinstance(repair, Mapping) else dict.fromkeys(GRAINS, repair)
     short = recovery or Recipe(epochs=1)
-    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long)
+    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long, repairs)
     short, long = _taught(short, model), {name: _taught(each, model) for name, each in long.items()}
     place = None if folder is None else Path(folder)
-    method = _Method(train, val, criterion, repair, channels, weights, calibration, short, long, place, progress)
+    method = _Method(
+        train, val, criterion, score, repairs, channels, weights, calibration, short, long, place, progress
+    )
     now = _Network(model, trace(model, labelled(val, 2)[0]), {})
     dense, base = now.size, accuracy(model, *labelled(val))
     grains: list[Grain] = []
@@ -148,7 +157,7 @@ def _grain(
     """Cut after cut while accuracy is at least ``floor`` and more than ``wanted`` parameters are not zero."""
     cuts: list[Cut] = []
     while now.size.nonzero > wanted and (found := _next(method, now, name, wanted)) is not None:
-        tried, cut = _tried(method, now, *found, floor, f"{place}-{name}-{len(cuts)}")
+        tried, cut = _tried(method, now, *found, floor, name, f"{place}-{name}-{len(cuts)}")
         cuts.append(cut)
         if not cut.kept:
             break
@@ -159,9 +168,9 @@ def _grain(
 
 
 def _tried(
-    method: _Method, now: _Network, what: str, selection: Selection, floor: float, place: str
+    method: _Method, now: _Network, what: str, selection: Selection, floor: float, grain: str, place: str
 ) -> tuple[_Network, Cut]:
-    model = commit(now.program, selection, repair=method.repair, images=sample_of(method.train))
+    model = commit(now.program, selection, repair=method.repair[grain], images=sample_of(method.train))
     example = labelled(method.val, 2)[0]
     tried = _Network(model, trace(model, example), sliced_masks(now.program, selection))
     before = accuracy(model, *labelled(method.val))
@@ -179,14 +188,14 @@ def _train(method: _Method, now: _Network, recipe: Recipe, place: str) -> None:
 def _next(method: _Method, now: _Network, grain: str, wanted: float) -> tuple[str, Selection] | None:
     """What the next cut takes, in words and as a selection; None where the network offers nothing."""
     if grain in ("block", "layer"):
-        added = added_loss(now.program, grain, method.train, method.repair, method.calibration)
+        added = added_loss(now.program, grain, method.train, method.repair[grain], method.calibration)
         least = min(added, key=added.__getitem__, default=None)
         return None if least is None else (least, Plan().bypass(least).resolve(now.program))
     if grain == "channel":
         selection = lowest_channels(now.program, method.train, method.criterion, method.channels)
         gone = sum(now.program.layer(name).channels - len(kept) for name, kept in selection.kept.items())
         return (f"{gone} channels of {len(selection.kept)} layers", selection) if gone else None
-    selection = Selection(masks=smallest_weights(now.program, now.masks, method.weights, wanted))
+    selection = Selection(masks=smallest_weights(now.program, now.masks, method.weights, wanted, method.score))
     gone = now.size.nonzero - cost(now.program, selection).nonzero
     return (f"{gone:,} weights", selection) if gone else None
 
@@ -204,8 +213,9 @@ def _check(
     shares: Mapping[str, float],
     short: Recipe,
     long: Mapping[str, Recipe],
+    repairs: Mapping[str, str],
 ) -> None:
-    for name in (*budgets, *stops, *long):
+    for name in (*budgets, *stops, *long, *repairs):
         if name not in GRAINS:
             raise unknown("grain", str(name), GRAINS)
     for name, budget in budgets.items():
@@ -219,6 +229,8 @@ def _check(
     for name in budgets:
         if name not in long:
             raise PruneLabError(f"The grain {name!r} has no recipe to fine-tune by: give it one in finetuning.")
+        if name not in repairs:
+            raise PruneLabError(f"The grain {name!r} has no repair: give it one in repair, or 'none'.")
     for name, share in shares.items():
         if not 0 < share < 1:
             raise PruneLabError(f"The share of {name} that one cut takes lies between 0 and 1, not {share}.")

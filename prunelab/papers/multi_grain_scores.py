@@ -6,7 +6,7 @@ Our reading, see :mod:`prunelab.papers.multi_grain`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from prunelab.criteria.measuring import profile_for
 from prunelab.criteria.registry import Scores, scores
+from prunelab.errors import unknown
 from prunelab.plan import Plan, spread
 from prunelab.preview import Preview, labelled
 from prunelab.profile.batches import in_memory, in_order
@@ -77,27 +78,57 @@ def _standardised(score: Scores) -> Scores:
     return (score - mean) / (sd or 1.0)
 
 
+def magnitude(weights: Tensor) -> Tensor:
+    """Magnitudes of a layer's weights, in any shape."""
+    return weights.abs()
+
+
+def lamp(weights: Tensor) -> Tensor:
+    """Layer-adaptive magnitudes of a layer's weights, in any shape; 1 for the largest, 0 for what is zero.
+
+    *w*² over the sum of the squares of the layer's weights that are not smaller, which lets layers of different scale
+    be compared: Lee et al. 2021, Layer-adaptive sparsity for the magnitude-based pruning, arXiv 2010.07611.
+    """
+    squares, order = weights.flatten().square().sort(descending=True, stable=True)
+    scores = torch.empty_like(squares)
+    # Where the sum is zero, all that is left is zero: so is its score.
+    scores[order] = squares / squares.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+    return scores.view(weights.shape)
+
+
+WEIGHT_SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude, "lamp": lamp}
+"""What single weights are scored by: functions of all weights of a layer, those that went already being zero."""
+
+
 def smallest_weights(
-    program: Program, masks: Mapping[str, Tensor], share: float, enough: float = 0.0
+    program: Program, masks: Mapping[str, Tensor], share: float, enough: float = 0.0, score: str = "magnitude"
 ) -> Mapping[str, Tensor]:
-    """Masks without the weights of the smallest magnitude, all layers together; biases and norms are left alone.
+    """Masks without the weights of the lowest score, all layers together; biases and norms are left alone.
 
     Args:
         masks: those that there are, by parameter name, True where a weight stays; what is zero stays so.
         share: of the weights that are not zero yet, 0 to 1, to go now; one at least.
         enough: no more go than leaves just so many parameters that are not zero.
+        score: one of :data:`WEIGHT_SCORES`.
 
     Returns:
         masks of all weights; equal to those that there are where nothing more may go.
+
+    Raises:
+        PruneLabError: there is no such score.
     """
-    parameters = dict(program.model.named_parameters())
+    if score not in WEIGHT_SCORES:
+        raise unknown("score of weights", score, WEIGHT_SCORES)
     weights = {
-        k: p.detach().abs().double().cpu() for k, p in parameters.items() if p.dim() > 1 and k in program.state_nodes
+        k: p.detach().double().cpu()
+        for k, p in program.model.named_parameters()
+        if p.dim() > 1 and k in program.state_nodes
     }
-    alive = torch.cat([masks.get(k, torch.ones_like(w)).bool().flatten() for k, w in weights.items()])
-    magnitude = torch.cat([w.flatten() for w in weights.values()]).masked_fill(~alive, -1.0)
+    stays = {k: masks[k].bool().cpu() if k in masks else torch.ones_like(w).bool() for k, w in weights.items()}
+    alive = torch.cat([stay.flatten() for stay in stays.values()])
+    found = torch.cat([WEIGHT_SCORES[score](w * stays[k]).flatten() for k, w in weights.items()])
     zero, left = int((~alive).sum()), int(alive.sum())
     count = min(zero + max(1, int(share * left)), math.ceil(cost(program).params - enough), alive.numel() - 1)
-    alive[magnitude.argsort(stable=True)[:count]] = False
+    alive[found.masked_fill(~alive, -1.0).argsort(stable=True)[:count]] = False
     parts = alive.split([w.numel() for w in weights.values()])
     return {k: part.view(w.shape) for (k, w), part in zip(weights.items(), parts, strict=True)}

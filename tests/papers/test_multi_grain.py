@@ -16,7 +16,7 @@ import prunelab as pl
 from prunelab.papers.evidence import accuracy
 from prunelab.papers.multi_grain import GRAINS, multi_grain
 from prunelab.papers.multi_grain_record import Grain, MultiGrain
-from prunelab.papers.multi_grain_scores import added_loss, lowest_channels, smallest_weights
+from prunelab.papers.multi_grain_scores import added_loss, lamp, lowest_channels, smallest_weights
 from prunelab.papers.reproduce import reproduce
 
 TRAIN, VAL = killed.images(400, 0), killed.images(200, 1)
@@ -194,6 +194,43 @@ def test_weights_go_by_magnitude_over_all_layers(dense: nn.Module) -> None:
     assert all(not (more[name] & ~mask).any() for name, mask in masks.items())
 
 
+def test_lamp_divides_each_square_by_those_that_are_not_smaller() -> None:
+    found = lamp(torch.tensor([[1.0, -3.0], [0.0, 2.0]], dtype=torch.float64))
+    assert found.tolist() == [[1 / 14, 1.0], [0.0, 4 / 13]]
+    assert lamp(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_lamp_leaves_a_layer_of_small_weights_its_share() -> None:
+    model, share = network(6, 10), 0.65
+    expected = smallest_weights(pl.trace(model, VAL.tensors[0][:2]), {}, share, score="lamp")
+    with torch.no_grad():
+        model.get_parameter("3.weight").mul_(2**-10)
+    program = pl.trace(model, VAL.tensors[0][:2])
+    found = smallest_weights(program, {}, share, score="lamp")
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    assert found["3.weight"].any()
+    assert not smallest_weights(program, {}, share)["3.weight"].any()
+
+
+def test_what_went_already_has_no_part_in_lamp() -> None:
+    program = pl.trace(network(6, 10), VAL.tensors[0][:2])
+    before = smallest_weights(program, {}, 0.5)
+    masks = smallest_weights(program, before, 0.5, score="lamp")
+    assert all(not (masks[name] & ~stay).any() for name, stay in before.items())
+    assert sum(int(m.sum()) for m in masks.values()) == -(-sum(int(m.sum()) for m in before.values()) // 2)
+
+
+def test_each_grain_can_have_a_repair_of_its_own(dense: nn.Module) -> None:
+    settings = {"budgets": {"layer": 1.0, "weight": 1.0}, "stops": {"layer": (1.05,), "weight": (2.0,)}}
+    settings |= {"recovery": pl.Recipe(epochs=0), "finetuning": pl.Recipe(epochs=0), "weights": 0.9}
+    found = {}
+    for repair in ("none", "least-squares"):
+        _, record = pruned(dense, **settings, repair={"layer": "least-squares", "weight": repair})
+        found[repair] = record
+    assert found["none"].grains[0] == found["least-squares"].grains[0]
+    assert found["none"].grains[1].accuracy < found["least-squares"].grains[1].accuracy
+
+
 def test_broken_off_it_goes_on_where_it_was(tmp_path: Path) -> None:
     model, settings = network(6, 10), {"stops": {"channel": (1.5,), "weight": (3.0,)}}
     expected, wanted = pruned(model, **settings)
@@ -231,6 +268,8 @@ def test_the_table_names_grains_and_sizes(whole: Whole) -> None:
         ({"stops": {"weight": (4.0, 2.0)}}, "rising compressions above 1"),
         ({"channels": 1.0}, "share of channels"),
         ({"finetuning": {"weight": RECIPE}}, "'block' has no recipe to fine-tune by"),
+        ({"repair": {"weight": "none"}}, "'block' has no repair"),
+        ({"score": "lamb", "budgets": {"weight": 0.1}, "stops": {}}, "no score of weights 'lamb'"),
         ({"recovery": pl.Recipe(masks={"0.weight": torch.ones(1)})}, "the grain 'weight' makes them"),
     ],
 )
