@@ -13,7 +13,8 @@ public, to our knowledge. All of these are our reading:
 5. Score: rank(s)^α · rank(I)^(1−α), by which the channels of *one* layer are ordered. (Ranks know no scale: how much
    each layer loses is not decided by scores.)
 6. Decision: layers are cut step after step, always the one whose cut costs least per size removed, until the result
-   that is asked for, 'half of the FLOPs' or 'at most half a point', is reached: :func:`prunelab.best_plan`.
+   that is asked for, 'half of the FLOPs' or 'at most half a point', is reached: :func:`prunelab.best_plan`. With a
+   repair in the loop, all are cut together at one price, from a scan of one layer at a time.
 
 Steps 1 to 5 are the criterion ``"result_oriented"``, for every plan, slider and comparison. Step 6 is the button
 'best plan' of the explorer, or ``lab.best_plan(criterion="result_oriented", flops=0.5)``: it fills in the sliders,
