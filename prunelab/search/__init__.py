@@ -1,8 +1,9 @@
 """Automatic plans: the most accurate one within a budget of FLOPs or parameters, or the smallest within a loss.
 
 Layers are cut one step after the other, always the one that adds least loss per size removed (:func:`moves.path`).
-With a repair by least squares, which takes longer than a step may, every layer is scanned alone, and all are cut
-together: by one ratio, by one price, or between the two, whichever a measurement says (:func:`shares.priced_path`).
+With a repair by least squares, which takes longer than a step may, norms get new statistics in its place; and for a
+budget every layer is scanned alone, and all are cut together by one ratio, by one price, or between the two
+(:func:`shares.priced_path`): what is better once it is repaired is taken.
 Then what turns out too much in one layer is exchanged for more in another (:func:`moves.exchanged`). Loss is how far
 the cut network's classes are from the uncut one's (:func:`meter.divergence`), measured on the whole network with
 everything cut that is cut by then, and repaired if a repair is asked for.
@@ -73,7 +74,7 @@ def best_plan(
         criterion: what says which channels of a layer go first, as in :class:`prunelab.Plan`; ``seed`` and
             ``combine`` as there.
         repair: one of :data:`prunelab.plan.REPAIRS`, done for every measurement from ``repair_images``; steps of the
-            search take the first 256 of them.
+            search take the first 256 of them, and those for a drop alone a quicker one in the place of least squares.
         start: a plan whose locked settings, bypassed units and multiple stay as they are.
         layers: names of those that may be cut; all that are neither pinned nor locked unless given.
         limits: the largest ratio of a layer, by name.

@@ -30,8 +30,8 @@ Repaired = Callable[[Selection], Mapping[str, Tensor]]
 
 _SCAN, _PATH, _COMPARED = 0.2, 0.6, 0.8
 """Of the work, as shown, when the scan, the path and the other path beside it are at their ends."""
-_PARTS = 6, 10
-"""Of a path by prices: to a budget, and all the way."""
+_PARTS = 6
+"""Choices of a path by prices."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
 _EXCHANGES = 40, 2
@@ -39,7 +39,6 @@ _EXCHANGES = 40, 2
 _FINE = tuple(k / 200 for k in range(191))
 _SEARCH_SAMPLE = 256
 """Images that a repair looks at for every step: it has to be quick rather than exact."""
-_TINY = 1e-12
 
 
 class Search:
@@ -83,12 +82,18 @@ class Search:
 
         exactly, roughly = Repairer(space.program, sample), Repairer(space.program, few)
         self._exact = meter("exact", total, sample, lambda cut: exactly(cut, repair))
-        self._rough = meter("rough", min(n, total), few, lambda cut: roughly(cut, repair))
-        # New statistics of the norms in the place of new weights: much quicker.
-        self._hasty = meter("hasty", min(n, total), few, lambda cut: roughly(cut, "norm"))
+        solves = repair.startswith("least-squares")
+
+        def hasty(cut: Selection) -> Mapping[str, Tensor]:
+            """New statistics of the norms in the place of new weights; without norms, the quick form."""
+            return roughly(cut, "norm") or roughly.quick(cut, repair) or {}
+
+        self._by_price = solves and bool(wish.budgets)
+        in_haste = solves and not self._by_price
+        self._rough = meter("rough", min(n, total), few, hasty if in_haste else lambda cut: roughly(cut, repair))
+        self._hasty = meter("hasty", min(n, total), few, hasty)
         # A layer by itself needs no more than the quick form, and a scan has many of them.
         self._alone = meter("alone", min(n, total), few, lambda cut: roughly.quick(cut, repair) or {})
-        self._by_price = repair.startswith("least-squares")
         self._sizes: dict[Choice, tuple[int, int]] = {}
         self._losses: dict[Choice, float] = {}
         self._choices = [space.whole]
@@ -157,16 +162,15 @@ class Search:
         last = self._space.last
         if self._by_price:
             curves = yield from self._scan()
-            parts = _PARTS[0] if self._wish.budgets else _PARTS[1]
-            yield from self._go(priced_path(curves, self._space.nearest, self._fits, self._loss, parts))
+            yield from self._go(priced_path(curves, self._space.nearest, self._fits, self._loss, _PARTS))
         else:
             yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE))
+        if self._by_price:
+            yield from self._compare_one_by_one()
         if self._wish.budgets:
             self._go_to(min(self._choices[-1], self._same_rungs(), key=self._loss))
         else:
             self._turn_back()
-        if self._by_price:
-            yield from self._compare_one_by_one()
         now, most = self._choices[-1], _EXCHANGES[self._by_price]
         yield from self._go(exchanged(now, last, self._loss, self._no_larger_than(now), self._size, most))
         if not self._wish.budgets:
@@ -188,31 +192,24 @@ class Search:
         return curves
 
     def _compare_one_by_one(self) -> Iterator[float]:
-        """Go to the choice of the same size that cutting layer after layer leads to, if that is better.
+        """Go to the choice that cutting layer after layer leads to, if that is better.
 
         Where layers share channels, as in residual networks, what each costs alone says little of what they cost
         together; a path measures them together, but has no time for the repair itself.
         """
-        now = self._choices[-1]
-        most, whole = self._size(now), self._size(self._space.whole)
-        fits = self._no_larger_than(now)
-
-        def above(choice: Choice) -> float:
-            return 0.0 if fits(choice) else max(self._size(choice) - most, _TINY)
 
         def loss(choice: Choice) -> float:
             return self._hasty(self._space.selection(self._space.plan(choice))).loss
 
-        found = now
-        for found in path(self._space.whole, self._space.last, loss, above, _STRIDE):
-            yield _PATH + (_COMPARED - _PATH) * (1 - above(found) / max(whole - most, _TINY))
-        self._go_to(min(now, found, key=self._loss))
+        found, lack = self._space.whole, self._lack(self._space.whole)
+        for found in path(self._space.whole, self._space.last, loss, self._lack, _STRIDE):
+            yield _PATH + (_COMPARED - _PATH) * (1 - self._lack(found) / lack)
+        self._go_to(min(self._choices[-1], found, key=self._loss))
 
     def _fits(self, choice: Choice, part: float) -> bool:
-        """Whether a choice is small enough for a part of the way: to the budgets, or to nothing."""
-        budgets = self._wish.budgets
+        """Whether a choice is small enough for a part of the way to the budgets."""
         shares = self._shares(choice)
-        return all(share <= 1 - part * (1 - budgets.get(name, 0.0)) for name, share in shares.items())
+        return all(shares[name] <= 1 - part * (1 - most) for name, most in self._wish.budgets.items())
 
     def _go(self, choices: Iterator[Choice]) -> Iterator[float]:
         """Step after step, until the loss is hopeless."""
