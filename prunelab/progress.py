@@ -46,7 +46,12 @@ def say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         # A notebook shows what comes by stderr on red, as if something was wrong.
-        (sys.stdout if "ipykernel" in sys.modules else sys.stderr).write(text + "\n")
+        (sys.stdout if _in_notebook() else sys.stderr).write(text + "\n")
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
 
 
 def _bar(items: Iterable[T], what: str, total: int | None, before: int) -> Iterator[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,13 +43,14 @@ def test_false_stops_after_the_item() -> None:
 
 def test_what_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_said", set())
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
     for _ in range(3):
         say_once("It rains.")
     say_once("It pours.")
     assert capsys.readouterr() == ("", "It rains.\nIt pours.\n")
     # In a notebook, where stderr looks like a mistake.
-    monkeypatch.setitem(sys.modules, "ipykernel", progress)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
     say_once("It snows.")
     assert capsys.readouterr() == ("It snows.\n", "")
 
