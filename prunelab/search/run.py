@@ -34,7 +34,7 @@ _PARTS = 6
 """Choices of a path by prices."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
-_EXCHANGES = 40, 2
+_EXCHANGES = 40, 8
 """At most, without a repair by least squares and with one, for which every measurement takes ten times as long."""
 _FINE = tuple(k / 200 for k in range(191))
 _SEARCH_SAMPLE = 256
