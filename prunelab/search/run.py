@@ -89,11 +89,15 @@ class Search:
             return roughly(cut, "norm") or roughly.quick(cut, repair) or {}
 
         self._by_price = solves and bool(wish.budgets)
+        n = min(n, total)
+        # By names of their own: what one measures is not what the other would.
+        if solves:
+            self._hasty = meter("hasty", n, few, hasty)
+        if self._by_price:
+            # A layer by itself needs no more than the quick form, and a scan has many of them.
+            self._alone = meter("alone", n, few, lambda cut: roughly.quick(cut, repair) or {})
         in_haste = solves and not self._by_price
-        self._rough = meter("rough", min(n, total), few, hasty if in_haste else lambda cut: roughly(cut, repair))
-        self._hasty = meter("hasty", min(n, total), few, hasty)
-        # A layer by itself needs no more than the quick form, and a scan has many of them.
-        self._alone = meter("alone", min(n, total), few, lambda cut: roughly.quick(cut, repair) or {})
+        self._rough = self._hasty if in_haste else meter("rough", n, few, lambda cut: roughly(cut, repair))
         self._sizes: dict[Choice, tuple[int, int]] = {}
         self._losses: dict[Choice, float] = {}
         self._choices = [space.whole]
@@ -163,10 +167,9 @@ class Search:
         if self._by_price:
             curves = yield from self._scan()
             yield from self._go(priced_path(curves, self._space.nearest, self._fits, self._loss, _PARTS))
+            yield from self._compare_one_by_one()
         else:
             yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE))
-        if self._by_price:
-            yield from self._compare_one_by_one()
         if self._wish.budgets:
             self._go_to(min(self._choices[-1], self._same_rungs(), key=self._loss))
         else:
@@ -208,8 +211,11 @@ class Search:
 
     def _fits(self, choice: Choice, part: float) -> bool:
         """Whether a choice is small enough for a part of the way to the budgets."""
-        shares = self._shares(choice)
-        return all(shares[name] <= 1 - part * (1 - most) for name, most in self._wish.budgets.items())
+        return self._within(self._shares(choice), part)
+
+    def _within(self, shares: Mapping[str, float], part: float = 1.0) -> bool:
+        # In this order the budget itself is met exactly.
+        return all(shares[name] <= most + (1 - part) * (1 - most) for name, most in self._wish.budgets.items())
 
     def _go(self, choices: Iterator[Choice]) -> Iterator[float]:
         """Step after step, until the loss is hopeless."""
@@ -286,7 +292,7 @@ class Search:
         """The plan of one ratio for all layers that grants the wish too, with the most left of a budget."""
         plans = [self._space.plan_of(self._same(ratio)) for ratio in _FINE]
         if self._wish.budgets:
-            fitting = (plan for plan in plans if self._plan_fits(plan))
+            fitting = (plan for plan in plans if self._within(self._as_shares(*self._space.sizes(plan))))
             plan = next(fitting, None)
         else:
             plan = last_that(plans[1:], lambda plan: self._grants(self._tried(plan, self._exact)))
@@ -302,10 +308,6 @@ class Search:
         """One ratio for all layers, as far as each goes."""
         tops = [ratios[-1] for ratios in self._space.rungs]
         return {layer.name: min(ratio, top) for layer, top in zip(self._space.layers, tops, strict=True)}
-
-    def _plan_fits(self, plan: Plan) -> bool:
-        shares = self._as_shares(*self._space.sizes(plan))
-        return all(shares[name] <= share for name, share in self._wish.budgets.items())
 
     def _better(self, one: Tried, other: Tried) -> bool:
         if self._wish.budgets:
