@@ -124,6 +124,8 @@ def served_lab(python: Path, folder: Path, home: Path) -> Iterator[tuple[subproc
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Tests that a script runs in the background are deaf to Ctrl-C, and so would be what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
