@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.selection import Selection
 from prunelab.progress import Progress
 from prunelab.repair import sample_of
+from prunelab.train.chance import seed_of
 from prunelab.train.finetune import finetune
 from prunelab.train.recipe import Recipe
 
@@ -44,6 +45,7 @@ GRAINS = ("block", "layer", "channel", "weight")
 BUDGETS: Mapping[str, float] = {"block": 0.005, "layer": 0.005, "channel": 0.01, "weight": 0.01}
 """How far the accuracy may fall below the unpruned network's in each grain, as a share of one."""
 
+T = TypeVar("T")
 OnGrain = Callable[[Grain, nn.Module], None]
 
 
@@ -73,7 +75,7 @@ class _Method:
     channels: float
     weights: float
     calibration: int
-    recovery: Recipe
+    recovery: Mapping[str, Recipe]
     finetuning: Mapping[str, Recipe]
     folder: Path | None
     progress: Progress | bool
@@ -92,7 +94,7 @@ def multi_grain(
     channels: float = 0.1,
     weights: float = 0.2,
     calibration: int = 512,
-    recovery: Recipe | None = None,
+    recovery: Recipe | Mapping[str, Recipe] | None = None,
     finetuning: Recipe | Mapping[str, Recipe] | None = None,
     on_grain: OnGrain | None = None,
     folder: Path | str | None = None,
@@ -117,8 +119,8 @@ def multi_grain(
         channels: share of all channels that one cut takes; ``weights``: share of the weights that are not zero yet.
         calibration: training images on which bypasses are scored.
         recovery: the training after each cut, one epoch unless told; ``finetuning``: that at the end of a grain, five
-            epochs unless told, or one for each grain by name. Both learn from the unpruned network, unless they name a
-            teacher of their own.
+            epochs unless told. Each a recipe, or one for each grain by name; they learn from the unpruned network,
+            unless they name a teacher of their own.
         on_grain: called after every grain's fine-tuning with its record and the network as it is then.
         folder: for checkpoints, each training's in a folder of its own; called again with the same arguments, it goes
             on where it was.
@@ -128,11 +130,10 @@ def multi_grain(
         PruneLabError: an unknown grain, a budget, share or stop out of range, masks in a recipe, and all that
             finetune raises.
     """
-    long = finetuning if isinstance(finetuning, Mapping) else dict.fromkeys(GRAINS, finetuning or Recipe(epochs=5))
-    repairs = repair if isinstance(repair, Mapping) else dict.fromkeys(GRAINS, repair)
-    short = recovery or Recipe(epochs=1)
+    short, long = _by_grain(recovery or Recipe(epochs=1)), _by_grain(finetuning or Recipe(epochs=5))
+    repairs = _by_grain(repair)
     _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long, repairs)
-    short, long = _taught(short, model), {name: _taught(each, model) for name, each in long.items()}
+    short, long = _taught(short, model), _taught(long, model)
     place = None if folder is None else Path(folder)
     method = _Method(
         train, val, criterion, score, repairs, channels, weights, calibration, short, long, place, progress
@@ -174,14 +175,15 @@ def _tried(
     example = labelled(method.val, 2)[0]
     tried = _Network(model, trace(model, example), sliced_masks(now.program, selection))
     before = accuracy(model, *labelled(method.val))
-    _train(method, tried, method.recovery, place)
+    _train(method, tried, method.recovery[grain], place)
     after = accuracy(model, *labelled(method.val))
     return tried, Cut(what, tried.size, before, after, kept=after >= floor)
 
 
 def _train(method: _Method, now: _Network, recipe: Recipe, place: str) -> None:
     folder = None if method.folder is None else method.folder / place
-    recipe = replace(recipe, masks=now.masks)
+    # With one seed for all, every training would see the same images in the same order, shifted in the same way.
+    recipe = replace(recipe, masks=now.masks, seed=seed_of(recipe.seed, place))
     finetune(now.model, method.train, method.val, recipe=recipe, folder=folder, progress=method.progress)
 
 
@@ -203,19 +205,26 @@ def _next(method: _Method, now: _Network, grain: str, wanted: float) -> tuple[st
 # Settings ---------------------------------------------
 
 
-def _taught(recipe: Recipe, teacher: nn.Module) -> Recipe:
-    return recipe if recipe.teacher is not None else replace(recipe, teacher=teacher)
+def _by_grain(given: T | Mapping[str, T]) -> Mapping[str, T]:
+    return given if isinstance(given, Mapping) else dict.fromkeys(GRAINS, given)
+
+
+def _taught(recipes: Mapping[str, Recipe], teacher: nn.Module) -> Mapping[str, Recipe]:
+    return {
+        grain: recipe if recipe.teacher is not None else replace(recipe, teacher=teacher)
+        for grain, recipe in recipes.items()
+    }
 
 
 def _check(
     budgets: Mapping[str, float],
     stops: Mapping[str, Sequence[float]],
     shares: Mapping[str, float],
-    short: Recipe,
+    short: Mapping[str, Recipe],
     long: Mapping[str, Recipe],
     repairs: Mapping[str, str],
 ) -> None:
-    for name in (*budgets, *stops, *long, *repairs):
+    for name in (*budgets, *stops, *short, *long, *repairs):
         if name not in GRAINS:
             raise unknown("grain", str(name), GRAINS)
     for name, budget in budgets.items():
@@ -227,6 +236,8 @@ def _check(
         if not listed or list(listed) != sorted(set(listed)) or listed[0] <= 1:
             raise PruneLabError(f"The stops of the grain {name!r} must be rising compressions above 1, not {listed}.")
     for name in budgets:
+        if name not in short:
+            raise PruneLabError(f"The grain {name!r} has no recipe to recover by: give it one in recovery.")
         if name not in long:
             raise PruneLabError(f"The grain {name!r} has no recipe to fine-tune by: give it one in finetuning.")
         if name not in repairs:
@@ -234,5 +245,5 @@ def _check(
     for name, share in shares.items():
         if not 0 < share < 1:
             raise PruneLabError(f"The share of {name} that one cut takes lies between 0 and 1, not {share}.")
-    if any(recipe.masks for recipe in (short, *long.values())):
+    if any(recipe.masks for recipe in (*short.values(), *long.values())):
         raise PruneLabError("Masks do not fit a network that loses channels: the grain 'weight' makes them, last.")

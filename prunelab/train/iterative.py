@@ -60,7 +60,7 @@ def iterative(
 
     Args:
         plans: each for the network that the ones before it leave: a ratio is one of the channels that are there then.
-        recipe, settings: as for :func:`prunelab.finetune`.
+        recipe, settings: as for :func:`prunelab.finetune`; the seed is one higher in every round.
         folder: for checkpoints, each round's in a folder of its own; called again with the same arguments, the loop
             goes on where it was.
 
@@ -87,7 +87,8 @@ def iterative(
         now = commit(program, selection, repair=plan.repair, images=images)
         masks, optimizer = sliced_masks(program, selection), carry(optimizer, program, selection, now)
         here = None if folder is None else Path(folder) / f"round-{len(rounds) + 1}"
-        asked = replace(recipe, optimizer=optimizer, masks=masks)
+        # With one seed for all, every round would see the same images in the same order.
+        asked = replace(recipe, optimizer=optimizer, masks=masks, seed=recipe.seed + len(rounds))
         table = finetune(now, train, val, recipe=asked, folder=here, **watched)
         found = cost(trace(now, example, prove=False))
         rounds.append(Round(selection, found.params, found.flops, table))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,26 @@ def test_each_grain_can_have_a_repair_of_its_own(dense: nn.Module) -> None:
     assert found["none"].grains[1].accuracy < found["least-squares"].grains[1].accuracy
 
 
+def test_each_grain_can_have_a_recovery_of_its_own_and_no_two_trainings_see_the_same_images_in_order() -> None:
+    seen: dict[str, list[Tensor]] = {"channel": [], "weight": []}
+
+    def recipe(grain: str) -> pl.Recipe:
+        def noted(images: Tensor, generator: torch.Generator) -> Tensor:
+            seen[grain].append(images.sum((1, 2, 3)))
+            return images
+
+        return replace(RECIPE, augment=noted)
+
+    recipes = {grain: recipe(grain) for grain in seen}
+    stops = {"channel": (1.5,), "weight": (3.0,)}
+    _, record = pruned(network(6, 10), budgets=dict.fromkeys(seen, 1.0), stops=stops, recovery=recipes)
+    steps = -(-len(TRAIN) // RECIPE.batch_size)
+    for grain in record.grains:
+        assert len(seen[grain.name]) == len(grain.cuts) * steps
+    firsts = [tuple(batch.tolist()) for found in seen.values() for batch in found[::steps]]
+    assert len(set(firsts)) == len(firsts) > 2
+
+
 def test_broken_off_it_goes_on_where_it_was(tmp_path: Path) -> None:
     model, settings = network(6, 10), {"stops": {"channel": (1.5,), "weight": (3.0,)}}
     expected, wanted = pruned(model, **settings)
@@ -268,6 +289,7 @@ def test_the_table_names_grains_and_sizes(whole: Whole) -> None:
         ({"stops": {"weight": (4.0, 2.0)}}, "rising compressions above 1"),
         ({"channels": 1.0}, "share of channels"),
         ({"finetuning": {"weight": RECIPE}}, "'block' has no recipe to fine-tune by"),
+        ({"recovery": {"weight": RECIPE}}, "'block' has no recipe to recover by"),
         ({"repair": {"weight": "none"}}, "'block' has no repair"),
         ({"score": "lamb", "budgets": {"weight": 0.1}, "stops": {}}, "no score of weights 'lamb'"),
         ({"recovery": pl.Recipe(masks={"0.weight": torch.ones(1)})}, "the grain 'weight' makes them"),
