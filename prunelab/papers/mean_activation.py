@@ -34,6 +34,7 @@ from prunelab.preview import labelled
 from prunelab.profile.capture import profile
 from prunelab.program.program import Program, trace
 from prunelab.train.finetune import finetune
+from prunelab.train.recipe import constant
 
 WINDOW = 5
 """Epochs over which the training loss is looked at."""
@@ -108,7 +109,7 @@ def basic_convergence(
             break
         table = finetune(
             *(model, train, val),
-            **{**settings, "epochs": size, "seed": 1000 * seed + part, "keep": "last", "schedule": lambda share: 1.0},
+            **{**settings, "epochs": size, "seed": 1000 * seed + part, "keep": "last", "schedule": constant},
             folder=folder and folder / str(part),
             progress=False,
         )

@@ -30,8 +30,8 @@ from prunelab.commit import commit
 from prunelab.errors import PruneLabError, unknown
 from prunelab.papers.evidence import accuracy
 from prunelab.papers.multi_grain_record import Cut, Grain, MultiGrain, Size
-from prunelab.papers.multi_grain_scores import added_loss, lowest_channels, smallest_weights
-from prunelab.plan import Plan
+from prunelab.papers.multi_grain_scores import WEIGHT_SCORES, added_loss, lowest_channels, smallest_weights
+from prunelab.plan import REPAIRS, Plan
 from prunelab.preview import labelled
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.selection import Selection
@@ -127,12 +127,12 @@ def multi_grain(
         progress: as for :func:`prunelab.finetune`.
 
     Raises:
-        PruneLabError: an unknown grain, a budget, share or stop out of range, masks in a recipe, and all that
-            finetune raises.
+        PruneLabError: an unknown grain, repair or score, a budget, share or stop out of range, masks in a recipe, and
+            all that finetune raises.
     """
     short, long = _by_grain(recovery or Recipe(epochs=1)), _by_grain(finetuning or Recipe(epochs=5))
     repairs = _by_grain(repair)
-    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long, repairs)
+    _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long, repairs, score)
     short, long = _taught(short, model), _taught(long, model)
     place = None if folder is None else Path(folder)
     method = _Method(
@@ -223,10 +223,17 @@ def _check(
     short: Mapping[str, Recipe],
     long: Mapping[str, Recipe],
     repairs: Mapping[str, str],
+    score: str,
 ) -> None:
     for name in (*budgets, *stops, *short, *long, *repairs):
         if name not in GRAINS:
             raise unknown("grain", str(name), GRAINS)
+    # Now, and not when their grain's turn comes, after hours.
+    for how in repairs.values():
+        if how not in REPAIRS:
+            raise unknown("repair", how, REPAIRS)
+    if score not in WEIGHT_SCORES:
+        raise unknown("score of weights", score, WEIGHT_SCORES)
     for name, budget in budgets.items():
         if not 0 <= budget <= 1:
             raise PruneLabError(f"The budget of the grain {name!r} is a share of accuracy from 0 to 1, not {budget}.")

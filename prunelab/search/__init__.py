@@ -73,8 +73,9 @@ def best_plan(
             ``drop``, or only the loss on the images given.
         criterion: what says which channels of a layer go first, as in :class:`prunelab.Plan`; ``seed`` and
             ``combine`` as there.
-        repair: one of :data:`prunelab.plan.REPAIRS`, done for every measurement from ``repair_images``; steps of the
-            search take the first 256 of them, and those for a drop alone a quicker one in the place of least squares.
+        repair: one of :data:`prunelab.plan.REPAIRS`, from ``repair_images``, of which all but the plan found take the
+            first 256. Least squares are at times replaced by a quicker form: for layers by themselves, and by new
+            statistics of the norms for steps to a drop alone and for a second path to a budget.
         start: a plan whose locked settings, bypassed units and multiple stay as they are.
         layers: names of those that may be cut; all that are neither pinned nor locked unless given.
         limits: the largest ratio of a layer, by name.

@@ -83,7 +83,7 @@ class Step(Tried):
     """A step of the search.
 
     Attributes:
-        layer: the one that is cut furthest in it; an exchange names the layer that pays.
+        layer: the one that is cut furthest in it; in an exchange the layer that pays, if one does.
         ratio: of its channels that are gone then.
     """
 
@@ -100,8 +100,8 @@ class Best:
         found: the plan, measured on all images with the repair itself.
         uniform: the same for the plan that takes one ratio for all layers and grants the wish too, where there is one.
         steps: of the search, as they were tried, each measured on ``n`` images and repaired from fewer than the plan
-            found, for a drop alone by a quicker repair in the place of least squares. With a drop alone some go too
-            far, and it turns back.
+            found. With a drop alone they have new statistics of the norms in the place of least squares, and some go
+            too far: then it turns back.
         uniforms: plans of one ratio, measured as the steps.
         flops, params, base: of the uncut network; ``base`` is its accuracy on all images.
         precision: of the arithmetic.

@@ -29,13 +29,13 @@ T = TypeVar("T")
 Repaired = Callable[[Selection], Mapping[str, Tensor]]
 
 _SCAN, _PATH, _COMPARED = 0.2, 0.6, 0.8
-"""Of the work, as shown, when the scan, the path and the other path beside it are at their ends."""
+"""Of the work, as shown, when the scan, the path and what comes between it and the last part are at their ends."""
 _PARTS = 6
 """Choices of a path by prices."""
 _STRIDE = 2
 """Rungs of 5 % that a step of the path takes."""
 _EXCHANGES = 40, 8
-"""At most, without a repair by least squares and with one, for which every measurement takes ten times as long."""
+"""At most, and where steps are repaired by least squares, for which every measurement takes ten times as long."""
 _FINE = tuple(k / 200 for k in range(191))
 _SEARCH_SAMPLE = 256
 """Images that a repair looks at for every step: it has to be quick rather than exact."""
@@ -86,7 +86,7 @@ class Search:
 
         def hasty(cut: Selection) -> Mapping[str, Tensor]:
             """New statistics of the norms in the place of new weights; without norms, the quick form."""
-            return roughly(cut, "norm") or roughly.quick(cut, repair) or {}
+            return roughly(cut, "norm") or quickly(roughly, cut, repair)
 
         self._by_price = solves and bool(wish.budgets)
         n = min(n, total)
@@ -95,7 +95,7 @@ class Search:
             self._hasty = meter("hasty", n, few, hasty)
         if self._by_price:
             # A layer by itself needs no more than the quick form, and a scan has many of them.
-            self._alone = meter("alone", n, few, lambda cut: roughly.quick(cut, repair) or {})
+            self._alone = meter("by itself", n, few, lambda cut: quickly(roughly, cut, repair))
         in_haste = solves and not self._by_price
         self._rough = self._hasty if in_haste else meter("rough", n, few, lambda cut: roughly(cut, repair))
         self._sizes: dict[Choice, tuple[int, int]] = {}
@@ -166,18 +166,21 @@ class Search:
         last = self._space.last
         if self._by_price:
             curves = yield from self._scan()
-            yield from self._go(priced_path(curves, self._space.nearest, self._fits, self._loss, _PARTS))
+            priced = priced_path(curves, self._space.nearest, self._fits, self._loss, _PARTS)
+            yield from self._go(priced, _SCAN, _PATH)
             yield from self._compare_one_by_one()
         else:
-            yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE))
+            yield from self._go(path(self._space.whole, last, self._loss, self._lack, _STRIDE), 0.0, _PATH)
         if self._wish.budgets:
             self._go_to(min(self._choices[-1], self._same_rungs(), key=self._loss))
         else:
             self._turn_back()
         now, most = self._choices[-1], _EXCHANGES[self._by_price]
-        yield from self._go(exchanged(now, last, self._loss, self._no_larger_than(now), self._size, most))
+        exchanges = exchanged(now, last, self._loss, self._no_larger_than(now), self._size, most)
+        begin, end = _COMPARED if self._by_price else _PATH, 1.0 if self._wish.budgets else _COMPARED
+        yield from self._go(exchanges, begin, end, most)
         if not self._wish.budgets:
-            yield from self._go(path(self._choices[-1], last, self._loss, self._lack, 1))
+            yield from self._go(path(self._choices[-1], last, self._loss, self._lack, 1), _COMPARED, 1.0)
             self._turn_back()
         self._end()
 
@@ -204,9 +207,9 @@ class Search:
         def loss(choice: Choice) -> float:
             return self._hasty(self._space.selection(self._space.plan(choice))).loss
 
-        found, lack = self._space.whole, self._lack(self._space.whole)
+        found = self._space.whole
         for found in path(self._space.whole, self._space.last, loss, self._lack, _STRIDE):
-            yield _PATH + (_COMPARED - _PATH) * (1 - self._lack(found) / lack)
+            yield _PATH + (_COMPARED - _PATH) * self._way(found)
         self._go_to(min(self._choices[-1], found, key=self._loss))
 
     def _fits(self, choice: Choice, part: float) -> bool:
@@ -217,13 +220,19 @@ class Search:
         # In this order the budget itself is met exactly.
         return all(shares[name] <= most + (1 - part) * (1 - most) for name, most in self._wish.budgets.items())
 
-    def _go(self, choices: Iterator[Choice]) -> Iterator[float]:
-        """Step after step, until the loss is hopeless."""
-        for choice in choices:
+    def _go(self, choices: Iterator[Choice], begin: float, end: float, most: int | None = None) -> Iterator[float]:
+        """Step after step, until the loss is hopeless; gives the share of the work that is done.
+
+        Args:
+            begin, end: that share before the first and after the last step.
+            most: how many steps there may be; without it they are a path to what is wished.
+        """
+        for k, choice in enumerate(choices):
             step = self._go_to(choice)
             if self._hopeless(step, choice):
                 return
-            yield self._share_done(step, choice)
+            done = self._way(choice, step) if most is None else (k + 1) / most
+            yield begin + (end - begin) * done
 
     def _hopeless(self, step: Step, choice: Choice) -> bool:
         """Whether there is no use in going on: with a drop alone, where a step has lost more than the wish bears.
@@ -273,14 +282,12 @@ class Search:
             precision=self._base.precision,
         )
 
-    def _share_done(self, step: Step, choice: Choice) -> float:
-        """Of the work: how near the path is to its end, then ever slower with every exchange."""
+    def _way(self, choice: Choice, step: Step | None = None) -> float:
+        """How far a path is on its way to the budgets or, without any, with this step to the drop: 0 to 1."""
+        if step is not None and not self._wish.budgets:
+            return float(np.clip(-step.change / (float(self._wish.drop or 0) + step.half), 0, 1))
         lack = self._lack(self._space.whole)
-        if self._wish.budgets and self._lack(choice) > 0:
-            return _PATH * (1 - self._lack(choice) / lack)
-        if not self._wish.budgets and len(self._steps) == len(self._choices) - 1:
-            return _PATH * float(np.clip(-step.change / (float(self._wish.drop or 0) + step.half), 0, 1))
-        return 1 - (1 - _PATH) * 0.95 ** len(self._steps)
+        return 1 - self._lack(choice) / lack if lack else 1.0
 
     def _grants(self, tried: Tried) -> bool:
         """Whether what was measured is within the drop."""
@@ -336,6 +343,12 @@ class Search:
             f"{what} changes accuracy by {100 * found.change:+.2f} ± {100 * found.half:.2f} points on {found.n:,} "
             "images. Allow a larger drop, measure on more images, or ask for certain=False."
         )
+
+
+def quickly(repairer: Repairer, cut: Selection, how: str) -> Mapping[str, Tensor]:
+    """The quick form of a repair, or the repair itself where that leaves a layer as it is: wide ones, for example."""
+    found = repairer.quick(cut, how)
+    return repairer(cut, how) if found is None or found.left else found
 
 
 def last_that(items: Sequence[T], granted: Callable[[T], bool]) -> T | None:

@@ -21,7 +21,7 @@ def flipped(images: Tensor, chosen: Tensor) -> Tensor:
         images: shape ``(images, channels, height, width)``.
         chosen: which, boolean, shape ``(images,)``.
     """
-    which = chosen.nonzero().squeeze(1).to(images.device)
+    which = chosen.nonzero().squeeze(1).to(images.device, non_blocking=True)
     found = _whole(images).clone()
     # An image is one piece of memory in either layout, if its dimensions stand as they lie there.
     lying, width = (found, 3) if found.is_contiguous() else (found.permute(0, 2, 3, 1), 2)
@@ -112,12 +112,15 @@ class Augment:
         def drawn(stop: int) -> Tensor:
             return torch.randint(stop, (count,), generator=generator, device=generator.device)
 
+        def placed(stop: int) -> Tensor:
+            return drawn(stop).to(images.device, non_blocking=True)
+
         if self.flip:
             images = flipped(images, drawn(2) == 1)
         if self.crop:
-            top, left = (drawn(2 * self.crop + 1).to(images.device) for _ in range(2))
+            top, left = (placed(2 * self.crop + 1) for _ in range(2))
             images = cropped(images, self.crop, top, left)
         if self.cutout:
-            row, column = (drawn(size).to(images.device) - self.cutout // 2 for size in (height, width))
+            row, column = (placed(size) - self.cutout // 2 for size in (height, width))
             images = without_square(images, self.cutout, row, column)
         return images

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Numbers of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_USERS = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
 # Where glibc's own adjustment of the two ends.
 _LARGEST_BLOCK, _LARGEST_REST = 2**25, 2**26
 
@@ -19,9 +21,10 @@ def freed_memory_kept() -> Iterator[None]:
 
     Otherwise it may hand a step's activations back after every step, and the next one waits until the system has
     filled as much memory with zeros: up to a fifth of a training's processor time. About as much memory is held
-    meanwhile as the training takes at its peak. On other systems nothing happens.
+    meanwhile as the training takes at its peak. On other systems nothing happens, nor where the user's environment has
+    settings of its own for glibc's memory.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and not _USERS & os.environ.keys() else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
         return
@@ -30,6 +33,6 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        # How it was before cannot be asked; a process that has freed one large block is at these.
+        # How it was before cannot be asked; a process that has freed the largest of its blocks is at these.
         libc.mallopt(_TRIM_THRESHOLD, _LARGEST_REST)
         libc.malloc_trim(0)

@@ -35,6 +35,11 @@ def cosine(warmup: float = 0.05) -> Schedule:
     return factor
 
 
+def constant(done: float) -> float:
+    """The schedule that leaves the rate as it is: for a training that is one of several in a row."""
+    return 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """The settings of a fine-tuning.

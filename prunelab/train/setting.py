@@ -79,7 +79,8 @@ def as_it_was(model: nn.Module, optimizer: Any) -> Iterator[None]:
         model.to(device)
         for name, tensor in state_tensors(model).items():
             if name in strides and tensor.stride() != strides[name]:
-                tensor.data = torch.empty_strided(tensor.shape, strides[name], dtype=tensor.dtype).copy_(tensor)
+                before = torch.empty_strided(tensor.shape, strides[name], dtype=tensor.dtype, device=tensor.device)
+                tensor.data = before.copy_(tensor)
         if isinstance(optimizer, Optimizer):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

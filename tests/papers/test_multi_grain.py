@@ -291,7 +291,8 @@ def test_the_table_names_grains_and_sizes(whole: Whole) -> None:
         ({"finetuning": {"weight": RECIPE}}, "'block' has no recipe to fine-tune by"),
         ({"recovery": {"weight": RECIPE}}, "'block' has no recipe to recover by"),
         ({"repair": {"weight": "none"}}, "'block' has no repair"),
-        ({"score": "lamb", "budgets": {"weight": 0.1}, "stops": {}}, "no score of weights 'lamb'"),
+        ({"repair": {**dict.fromkeys(GRAINS, "none"), "weight": "lest-squares"}}, "no repair 'lest-squares'"),
+        ({"score": "lamb"}, "no score of weights 'lamb'"),
         ({"recovery": pl.Recipe(masks={"0.weight": torch.ones(1)})}, "the grain 'weight' makes them"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 import prunelab as pl
-from prunelab import zoo
+from prunelab import search, zoo
 from prunelab.repair import Repairer
 from prunelab.search import Tried
 from prunelab.search.meter import Meter
+from prunelab.search.run import quickly
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
 IMAGES, LABELS = TEST.images[:1000], TEST.labels[:1000]
@@ -154,6 +155,34 @@ def test_searches_that_repair_in_different_ways_do_not_take_what_the_other_has_k
     wishes = [{"drop": 0.05}, {"flops": 0.5}, {"drop": 0.05}]
     kept = [best_repaired(program, images, labels, tmp_path, **wish) for wish in wishes]
     assert kept == [best_repaired(program, images, labels, **wish) for wish in wishes]
+
+
+def test_by_itself_a_layer_too_wide_for_the_quick_form_is_repaired_all_the_same() -> None:
+    program = pl.trace(zoo.load("vgg_small"), IMAGES[:2])
+    repairer = Repairer(program, TRAIN.images[:64])
+    for layer, quick in {"stage3.conv1": False, "stage2.conv1": True}.items():
+        cut = pl.Plan("l1").set(layer, ratio=0.5).resolve(program)
+        # 128 inputs of 3×3 weights for one output of the next layer; the others have half as many or fewer.
+        assert bool(repairer.quick(cut, "least-squares")) is quick
+        assert quickly(repairer, cut, "least-squares")
+
+
+def test_what_is_done_of_the_work_never_falls(program: pl.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    counted = search._hundredths
+
+    def noted(given: Iterator[float]) -> Iterator[int]:
+        return counted(shares.append(share) or share for share in given)
+
+    monkeypatch.setattr(search, "_hundredths", noted)
+    for repair in ("none", "least-squares"):
+        shares.clear()
+        pl.best_plan(
+            program, None, IMAGES, LABELS, flops=0.5, criterion="l1", repair=repair, repair_images=TRAIN.images[:256],
+            n=200, cache=False, progress=False,
+        )  # fmt: skip
+        assert shares == sorted(shares)
+        assert 0 < shares[0] < 0.6 < shares[-1] <= 1
 
 
 @pytest.mark.parametrize("wish", [{"flops": 0.5}, {"drop": 0.05}], ids=str)
