@@ -74,8 +74,8 @@ def best_plan(
         criterion: what says which channels of a layer go first, as in :class:`prunelab.Plan`; ``seed`` and
             ``combine`` as there.
         repair: one of :data:`prunelab.plan.REPAIRS`, from ``repair_images``, of which all but the plan found take the
-            first 256. Least squares are at times replaced by a quicker form: for layers by themselves, and by new
-            statistics of the norms for steps to a drop alone and for a second path to a budget.
+            first 256. In the place of least squares there is at times a quicker repair: for layers by themselves, for
+            steps to a drop alone, and for a second path to a budget (new statistics of the norms, if there are any).
         start: a plan whose locked settings, bypassed units and multiple stay as they are.
         layers: names of those that may be cut; all that are neither pinned nor locked unless given.
         limits: the largest ratio of a layer, by name.

@@ -30,7 +30,7 @@ def draw(best: Best, dark: bool = False) -> Figure:
     axes.set_xlabel("FLOPs left (%)")
     axes.set_ylabel("change of accuracy (points)")
     in_haste = best.plan.repair.startswith("least-squares") and not best.wish.budgets
-    quicker = ", new statistics of the norms for the steps" if in_haste else ""
+    quicker = ", a quicker one for the steps" if in_haste else ""
     axes.set_title(
         f"best plan for {best.wish} by {best.plan.criterion}: {best.found.accuracy:.1%}, uncut {best.base:.1%}\n"
         f"repair {best.plan.repair}{quicker}",

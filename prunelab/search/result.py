@@ -100,8 +100,8 @@ class Best:
         found: the plan, measured on all images with the repair itself.
         uniform: the same for the plan that takes one ratio for all layers and grants the wish too, where there is one.
         steps: of the search, as they were tried, each measured on ``n`` images and repaired from fewer than the plan
-            found. With a drop alone they have new statistics of the norms in the place of least squares, and some go
-            too far: then it turns back.
+            found. With a drop alone they have a quicker repair in the place of least squares, and some go too far: then
+            it turns back.
         uniforms: plans of one ratio, measured as the steps.
         flops, params, base: of the uncut network; ``base`` is its accuracy on all images.
         precision: of the arithmetic.
