@@ -92,7 +92,7 @@ class Checkpoints:
     def read(self) -> tuple[dict[str, Tensor], Record] | None:
         """Tensors and record of the last checkpoint, or None where the run has none yet.
 
-        What a killed process left beside it is deleted.
+        What a killed process left beside that of a complete run is deleted.
 
         Raises:
             PruneLabError: the folder holds another run's, or a damaged one.
@@ -108,9 +108,10 @@ class Checkpoints:
             )
         # Not those that it goes on with now: whoever has the first ones may go on as well.
         self._first_weights = record["weights"][0]
-        # Here too: a run that is complete writes no further one.
-        self._clear()
-        delete_others(self.folder, NAME, record["tensors"])
+        # A run that is complete writes no further one, which would clear up; another may be writing one just now.
+        if record["at"]["done"]:
+            self._clear()
+            delete_others(self.folder, NAME, record["tensors"])
         return tensors, record
 
     def _other(self, record: Record) -> str:
