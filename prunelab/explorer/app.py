@@ -178,13 +178,15 @@ class Explorer(w.VBox):
 
     def _show_network(self) -> None:
         """Everything that a new network or criterion changes."""
-        # Rows, units and terms belong together: in one message, or the browser would draw some with the others' old.
+        # Rows, units and terms belong together: in one message, or the browser would draw some with the others' old;
+        # and with them the word that the accuracy is that of the rows before.
         with self.desk.hold_sync():
             self.desk.header = header_of(self.lab)
             self.desk.rows = rows_of(self.lab)
             self.desk.units = units_of(self.lab)
             self.desk.terms = terms_of(self.lab)
             self.desk.layers = layers_of(self.lab)
+            self._outdate()
         if self.desk.selected not in {r["name"] for r in self.desk.rows}:
             self.desk.selected = next((r["name"] for r in self.desk.rows if not r["pinned"]), "")
         self._show_plan()
@@ -205,8 +207,12 @@ class Explorer(w.VBox):
         self._tools.show()
         if self._python.layout.display != "none":
             self._python.value = self.lab.plan.to_python()
-        self.desk.estimate = {**self.desk.estimate, "state": "stale" if "n" in self.desk.estimate else "none"}
+        self._outdate()
         self._worker.latest(self._estimate)
+
+    def _outdate(self) -> None:
+        """The accuracy shown is no longer that of what is shown."""
+        self.desk.estimate = {**self.desk.estimate, "state": "stale" if "n" in self.desk.estimate else "none"}
 
     def _show_repair(self) -> None:
         """What the repair did, in one line; pointing at it lists what it could not correct, and why."""

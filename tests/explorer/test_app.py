@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 import prunelab as pl
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
@@ -44,3 +46,20 @@ def test_the_repair_says_what_it_did() -> None:
     explorer._repair.value = "none"
     assert explorer._worker.drain(60)
     assert explorer._repaired.layout.display == "none"
+
+
+def test_with_new_rows_comes_the_word_that_the_accuracy_is_of_the_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = pl.Lab(pl.zoo.load("vgg_small"), TRAIN.subset(200), TEST.subset(200), cache=False)
+    lab.run_profile(progress=False)
+    explorer = pl.explore(lab)
+    assert explorer._worker.drain(60)
+    assert explorer.desk.estimate["state"] == "ready"
+    sent: list[tuple[set[str], str]] = []
+
+    def send(key: str | set[str] | None = None) -> None:
+        sent.append(({key} if isinstance(key, str) else set(key or ()), explorer.desk.estimate["state"]))
+
+    monkeypatch.setattr(explorer.desk, "send_state", send)
+    explorer._on_message(None, {"do": "bypass", "unit": "stage3.conv2"}, None)
+    assert explorer._worker.drain(60)
+    assert [("estimate" in keys, state) for keys, state in sent if "units" in keys] == [(True, "stale")]
