@@ -12,6 +12,7 @@ from torch import Tensor
 from prunelab.errors import PruneLabError
 from prunelab.preview import Precision, Preview
 from prunelab.program.selection import Selection, with_masks
+from prunelab.repair import Repairer
 from prunelab.scanfile import read_scan, write_scan
 
 _WORST = 1e6
@@ -103,3 +104,9 @@ def divergence(before: Tensor, now: Tensor) -> float:
     p, q = before.double().log_softmax(1), now.double().log_softmax(1)
     each = (p.exp() * (p - q)).sum(1).nan_to_num(_WORST, _WORST, _WORST)
     return float(each.clamp(0, _WORST).mean())
+
+
+def quickly(repairer: Repairer, cut: Selection, how: str) -> Mapping[str, Tensor]:
+    """The quick form of a repair, or the repair itself where that leaves a layer as it is: wide ones, for example."""
+    found = repairer.quick(cut, how)
+    return repairer(cut, how) if found is None or found.left else found

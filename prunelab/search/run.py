@@ -19,7 +19,7 @@ from prunelab.program.program import cost
 from prunelab.program.selection import Selection
 from prunelab.repair import Repairer
 from prunelab.scanfile import scan_file
-from prunelab.search.meter import Meter
+from prunelab.search.meter import Meter, quickly
 from prunelab.search.moves import exchanged, moved, path
 from prunelab.search.result import Best, Step, Tried, Wish
 from prunelab.search.shares import RATIOS as SCANNED, Curve, fitted, priced_path
@@ -343,12 +343,6 @@ class Search:
             f"{what} changes accuracy by {100 * found.change:+.2f} ± {100 * found.half:.2f} points on {found.n:,} "
             "images. Allow a larger drop, measure on more images, or ask for certain=False."
         )
-
-
-def quickly(repairer: Repairer, cut: Selection, how: str) -> Mapping[str, Tensor]:
-    """The quick form of a repair, or the repair itself where that leaves a layer as it is: wide ones, for example."""
-    found = repairer.quick(cut, how)
-    return repairer(cut, how) if found is None or found.left else found
 
 
 def last_that(items: Sequence[T], granted: Callable[[T], bool]) -> T | None:

@@ -16,8 +16,7 @@ import prunelab as pl
 from prunelab import search, zoo
 from prunelab.repair import Repairer
 from prunelab.search import Tried
-from prunelab.search.meter import Meter
-from prunelab.search.run import quickly
+from prunelab.search.meter import Meter, quickly
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
 IMAGES, LABELS = TEST.images[:1000], TEST.labels[:1000]

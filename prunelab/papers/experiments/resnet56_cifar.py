@@ -26,7 +26,7 @@ from prunelab.program.program import Program, cost, trace
 from prunelab.progress import Stopped
 from prunelab.repair import SAMPLE, Repairer
 from prunelab.search import Step, best_plan
-from prunelab.search.meter import Meter
+from prunelab.search.meter import Meter, quickly
 from prunelab.search.shares import RATIOS, Curve, Ratios, fitted, one_price
 from prunelab.train.augment import Augment
 from prunelab.train.finetune import finetune
@@ -198,7 +198,7 @@ def scan(found: Subject, criterion: str) -> Mapping[str, Curve]:
     repairer = Repairer(found.program, found.train.images[:SAMPLE])
     meter = Meter(
         Preview(found.program, found.val.images[:n], found.val.labels[:n]),
-        lambda cut: repairer.quick(cut, REPAIR) or {},
+        lambda cut: quickly(repairer, cut, REPAIR),
         n=n,
         masks={},
         precision="auto",
