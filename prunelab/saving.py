@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from prunelab.commit import commit
 from prunelab.errors import PruneLabError
+from prunelab.files import write_tensors
 from prunelab.optimizers import build, from_record, read, to_record
 from prunelab.program.program import trace
 from prunelab.program.record import commits, dtype_of, example_of, selection_of
@@ -275,11 +277,9 @@ def read_folder(folder: Path, name: str) -> tuple[dict[str, Tensor], Record]:
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
     try:
         # Clones: safetensors refuses tensors that share memory.
-        save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, file)
+        write_tensors({name: t.detach().contiguous().clone() for name, t in tensors.items()}, file)
     except KeyError as error:
         raise PruneLabError(f"Tensors of {error.args[0]} cannot be kept in a safetensors file.") from error
 
@@ -336,7 +336,10 @@ def _write_pt2(model: nn.Module, example: Any, file: Path) -> None:
     program = exported(model, as_example(example))
     # The user's own images, which the file would otherwise hold.
     program.example_inputs = None
-    torch.export.save(program, file)
+    # In memory first: torch's own writer of files ends the whole process where the disk is full.
+    held = io.BytesIO()
+    torch.export.save(program, held)
+    file.write_bytes(held.getbuffer())
 
 
 def _write_safetensors(model: nn.Module, example: Any, file: Path) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import uuid
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from prunelab.files import replacing
 from prunelab.preview import Estimate
 from prunelab.profile.result import network_digest
 from prunelab.profile.store import cache_folder, digest_tensor
@@ -76,14 +75,11 @@ def _numbers(values: Any) -> Numbers:
 
 def write_scan(file: Path, points: Mapping[str, Numbers]) -> bool:
     """Write all points beside their place, then rename; False, with a warning, where that cannot be done."""
-    beside = file.with_name(f".{file.stem}-{uuid.uuid4().hex[:8]}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"format": FORMAT, "points": points}))
-        beside.replace(file)
+        with replacing(file) as beside:
+            beside.write_text(json.dumps({"format": FORMAT, "points": points}))
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         warnings.warn(f"The scan is not kept in {file} ({error}); it goes on without a cache.", stacklevel=4)
         return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -30,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     profile = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "default")
     hypothesis.settings.load_profile(profile)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_emptied(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Profiles of one module's networks, up to 180 MB each, do not wait for the end of the run on a small disk."""
+    yield
+    shutil.rmtree(pytestconfig.stash[_APART] / "cache", ignore_errors=True)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

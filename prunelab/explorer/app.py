@@ -34,6 +34,7 @@ from prunelab.explorer.summary import summary
 from prunelab.explorer.tools import Tools
 from prunelab.explorer.train_view import TrainView
 from prunelab.explorer.worker import Worker
+from prunelab.files import replacing
 from prunelab.picture import png
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
@@ -446,7 +447,11 @@ class Explorer(w.VBox):
 
     def _on_save(self) -> None:
         target = Path(self._path.value)
-        target.write_text(self.lab.plan.to_json())
+        try:
+            with replacing(target) as beside:
+                beside.write_text(self.lab.plan.to_json())
+        except OSError as error:
+            raise PruneLabError(f"The plan cannot be written to {target}: {error}.") from error
         self._say(f"The plan is in {target}.")
 
     def _on_load(self) -> None:

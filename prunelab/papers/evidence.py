@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.errors import PruneLabError
+from prunelab.files import replacing
 from prunelab.latency import compared
 from prunelab.preview import labelled
 from prunelab.program.guard import eval_mode
@@ -95,10 +96,9 @@ class Run:
     def write(self, path: Path) -> None:
         """Write JSON, in one step: whoever reads sees the file before or after it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.unfinished")
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
     def read(path: Path) -> Run:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import uuid
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sized
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from prunelab.errors import PruneLabError
+from prunelab.files import replacing, write_tensors
 from prunelab.profile import store
 from prunelab.profile.batches import batches, check_images, in_memory, inputs_of
 from prunelab.profile.gates import Gated, Gates, Loss
@@ -171,16 +170,11 @@ def _read(file: Path | None, names: Collection[str]) -> dict[str, Gates]:
 
 def _write(file: Path, found: Mapping[str, Gates]) -> None:
     """Write sums beside their place, then rename; a full disk is said, not raised."""
-    from safetensors.torch import save_file
-
-    beside = file.with_name(f".{file.stem}-{uuid.uuid4().hex[:8]}")
     tensors = {f"counts/{name}": torch.tensor([gates.images, gates.positions]) for name, gates in found.items()}
     sums = {name: torch.from_numpy(np.stack([gates.absolute, gates.squares])) for name, gates in found.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({**tensors, **{f"sums/{name}": both for name, both in sums.items()}}, beside)
-        beside.replace(file)
-    except Exception as error:
-        with suppress(OSError):
-            beside.unlink()
+        with replacing(file) as beside:
+            write_tensors({**tensors, **{f"sums/{name}": both for name, both in sums.items()}}, beside)
+    except OSError as error:
         warnings.warn(f"The gradients are not kept in {file} ({error}); it goes on without a cache.", stacklevel=4)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from prunelab.files import replacing, write_tensors
 from prunelab.processes import Processes
 from prunelab.profile import store
 from prunelab.profile.result import Profile
@@ -103,15 +103,8 @@ def _of(name: str, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        save_file(dict(tensors), beside)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as beside:
+        write_tensors(tensors, beside)
 
 
 def _sweep(profiles: Path) -> None:

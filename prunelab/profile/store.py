@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from prunelab.errors import PruneLabError
+from prunelab.files import write_tensors
 from prunelab.profile.statistics import Array, Statistics
 
 FORMAT = 2
@@ -129,15 +130,13 @@ def write(
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
         beside.mkdir()
-        save_file(packed(stats), beside / "statistics.safetensors")
+        write_tensors(packed(stats), beside / "statistics.safetensors")
         for name, tensors in values.items():
-            save_file(named(tensors), beside / f"{name}.safetensors")
+            write_tensors(named(tensors), beside / f"{name}.safetensors")
         (beside / "profile.json").write_text(json.dumps({"format": FORMAT, **meta}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
