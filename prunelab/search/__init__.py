@@ -22,10 +22,12 @@ from prunelab.plan import Plan
 from prunelab.preview import Precision
 from prunelab.profile.capture import Profile
 from prunelab.program.program import Program
-from prunelab.progress import Progress, track
+from prunelab.progress import Progress, Stopped, track
 from prunelab.search.result import Best as Best, Step as Step, Tried as Tried, Wish as Wish
 from prunelab.search.run import Search
 from prunelab.search.space import space_of
+
+_WHAT = "best plan"
 
 
 def best_plan(
@@ -83,7 +85,8 @@ def best_plan(
         n: images that steps are measured on; fewer than there are are drawn at random, always the same.
         n_found: images that the plan found is measured on; all unless told.
         precision: as :meth:`prunelab.Preview.estimates`.
-        progress: True shows a bar; a function is called after every hundredth and stops by returning False.
+        progress: True shows a bar; a function is called after every hundredth and before every measurement, and stops
+            the search by returning False.
         on_step: called with every step as soon as it is taken.
         cache: True keeps measurements in the cache folder, a path in that folder, False not at all.
         memory: bytes that the preview may take to keep what the next measurement can use.
@@ -94,6 +97,13 @@ def best_plan(
         Stopped: the progress function returned False.
     """
     wish = Wish(flops, params, drop, certain)
+    done = 0
+
+    def hear() -> None:
+        # A hundredth may take many measurements, and with least squares each of them a second.
+        if callable(progress) and progress(done, 100, _WHAT) is False:
+            raise Stopped(_WHAT)
+
     search = Search(
         wish=wish,
         space=space_of(program, profile, start or Plan(), criterion, seed, combine, repair, layers, limits),
@@ -107,8 +117,9 @@ def best_plan(
         cache=cache,
         memory=memory,
         on_step=on_step,
+        on_measurement=hear,
     )
-    for _ in track(_hundredths(search.run()), "best plan", 100, progress):
+    for done in track(_hundredths(search.run()), _WHAT, 100, progress):  # noqa: B007  # hear() tells it
         pass
     return search.best
 

@@ -42,6 +42,7 @@ class Meter:
         preview: Preview,
         repaired: Callable[[Selection], Mapping[str, Tensor]],
         *,
+        begin: Callable[[], None] = lambda: None,
         n: int,
         masks: Mapping[str, Tensor],
         precision: Precision,
@@ -49,21 +50,23 @@ class Meter:
     ) -> None:
         """Args:
         repaired: corrected tensors for a selection, by state name.
+        begin: called before every measurement; whatever it raises ends the search.
         n: images.
         """
         self._preview = preview
         self._repaired = repaired
+        self._begin = begin
         self._n = n
         self._masks = masks
         self._precision = precision
         self._file = file
         self._held = read_scan(file)
-        self._uncut: Tensor | None = None
 
     def __call__(self, selection: Selection) -> Joint:
         """The whole network with this selection."""
         masked = with_masks(selection, self._masks)
         if masked.digest not in self._held:
+            self._begin()
             found = self._measured(selection, masked)
             self._held[masked.digest] = (found.loss, float(found.right), float(found.lost), float(found.gained), 0.0)
             if self._file is not None and not write_scan(self._file, self._held):

@@ -60,8 +60,9 @@ class Search:
         cache: Path | str | bool,
         memory: int,
         on_step: Callable[[Step], None] | None,
+        on_measurement: Callable[[], None],
     ) -> None:
-        """Args: as :func:`prunelab.search.best_plan`."""
+        """Args: as :func:`prunelab.search.best_plan`; ``on_measurement`` is called before each."""
         total = len(labels) if n_found is None else min(n_found, len(labels))
         if min(n, total) < 1:
             raise PruneLabError(f"A search needs at least one image, not n={n} and n_found={n_found}.")
@@ -78,7 +79,7 @@ class Search:
         def meter(how: str, n: int, of: Tensor | None, repaired: Repaired) -> Meter:
             settings = ("search", n, self._base.precision, repair, how)
             file = scan_file(space.program, (images, labels, of), settings, cache)
-            return Meter(preview, repaired, n=n, masks=masks, precision=precision, file=file)
+            return Meter(preview, repaired, begin=on_measurement, n=n, masks=masks, precision=precision, file=file)
 
         exactly, roughly = Repairer(space.program, sample), Repairer(space.program, few)
         self._exact = meter("exact", total, sample, lambda cut: exactly(cut, repair))

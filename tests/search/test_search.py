@@ -285,6 +285,22 @@ def test_a_stopped_search_goes_on_where_it_was(
     assert whole == best(program, flops=0.5)
 
 
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_a_search_hears_a_stop_before_every_measurement(
+    program: pl.Program, measured: list[pl.Selection], repair: str
+) -> None:
+    heard: list[int] = []
+
+    def progress(done: int, total: int | None, what: str) -> bool:
+        heard.append(len(measured))
+        return len(measured) < 40
+
+    with pytest.raises(pl.Stopped, match="best plan"):
+        best(program, flops=0.5, repair=repair, progress=progress)
+    assert len(measured) == 40
+    assert set(heard) == set(range(41))
+
+
 def test_the_network_is_not_touched(program: pl.Program) -> None:
     before = {name: tensor.clone() for name, tensor in program.model.state_dict().items()}
     best(program, flops=0.5)
