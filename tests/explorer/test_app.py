@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,24 @@ def test_with_new_rows_comes_the_word_that_the_accuracy_is_of_the_old_ones(monke
     explorer._on_message(None, {"do": "bypass", "unit": "stage3.conv2"}, None)
     assert explorer._worker.drain(60)
     assert [("estimate" in keys, state) for keys, state in sent if "units" in keys] == [(True, "stale")]
+
+
+def test_a_plan_goes_to_a_file_and_comes_back_or_the_place_is_refused(tmp_path: Path) -> None:
+    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
+    lab.run_profile(progress=False)
+    explorer = pl.explore(lab)
+    assert explorer._worker.drain(60)
+    lab.set("fc1", ratio=0.5)
+    plan = lab.plan
+    explorer._path.value = str(tmp_path / "plan.json")
+    explorer._guard(explorer._on_save)
+    lab.reset()
+    assert lab.plan != plan
+    explorer._guard(explorer._on_load)
+    assert lab.plan == plan
+    explorer._path.value = str(tmp_path / "nowhere" / "plan.json")
+    explorer._guard(explorer._on_save)
+    error = explorer.desk.status["error"]
+    assert error.startswith(f"The plan cannot be written to {tmp_path}")
+    assert "No such file or directory" in error
+    assert [each.name for each in tmp_path.iterdir()] == ["plan.json"]
