@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunelab.commit import commit
 from prunelab.papers.evidence import Measure, measured
@@ -19,11 +19,15 @@ from prunelab.papers.reproduce import Reproduction, Task
 from prunelab.papers.scratch import from_scratch
 from prunelab.profile.capture import profile
 from prunelab.program.program import trace
+from prunelab.train.augment import Augment
+from prunelab.train.chance import seed_of
 from prunelab.train.finetune import finetune
 
 SUBJECT = LENETS[0]
 EPOCHS = 15
 RETRAINING: Mapping[str, Any] = {"lr": 0.02, "temperature": 2.0, "teacher_weight": 0.5}
+HIDDEN = Augment(crop=2, cutout=8)
+"""What is done to images at the paper's widths and in the control."""
 ROUNDS, ROUND_EPOCHS = 2, 1
 
 
@@ -63,6 +67,18 @@ PAPER = {
 }
 
 
+class _Together(nn.Module):
+    """The mean of several networks' outputs."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape ``(images, classes)``."""
+        return torch.stack([network(images) for network in self.networks]).mean(0)
+
+
 def run(task: Task) -> Iterator[Measure]:
     """Train LeNet; cut it to given widths, and by the rule; and train the smallest of the paper's from scratch."""
     sets = train, val, test = mnist_on_black(task)
@@ -72,18 +88,20 @@ def run(task: Task) -> Iterator[Measure]:
     finetune(dense, train, val, folder=folder(task, "dense"), progress=False, **{**settings, "epochs": epochs})
     yield measured(dense, test, point="dense", method="dense", stage="dense", note=f"{epochs} epochs")
     taught = {**settings, **RETRAINING, "teacher": dense}
-    small, networks = dense, {}
+    networks, before = {"dense": dense}, {}
     for name in [CONTROL] if task.short else POINTS:
-        small = yield from _trimmed(task, name, small, sets, taught)
-        networks[name] = small
+        before[name] = _Together(networks.values())
+        hard = {**taught, "augment": HIDDEN, "teacher": before[name], "seed": seed_of(task.seed, name)}
+        networks[name] = yield from _trimmed(task, name, [*networks.values()][-1], dense, sets, hard)
     rounds = {**taught, "lr": settings["lr"] / 10, "epochs": ROUND_EPOCHS, "folder": folder(task, "rule")}
     for found, _ in by_rule(task, "", dense, sets, 1 if task.short else ROUNDS, **rounds):
         yield found
-    yield _from_scratch(task, networks[CONTROL], sets, {**taught, "lr": settings["lr"]})
+    control = {**taught, "augment": HIDDEN, "teacher": before[CONTROL], "lr": settings["lr"]}
+    yield _from_scratch(task, networks[CONTROL], sets, control)
 
 
 def _trimmed(
-    task: Task, name: str, model: nn.Module, sets: Sets, settings: Mapping[str, Any]
+    task: Task, name: str, model: nn.Module, dense: nn.Module, sets: Sets, settings: Mapping[str, Any]
 ) -> Generator[Measure, None, nn.Module]:
     """Cut a network to a point's widths by APoZ and retrain it; returns what it has become."""
     train, val, test = sets
@@ -96,7 +114,7 @@ def _trimmed(
     epochs = 1 if task.short else left.epochs
     finetune(small, train, val, folder=folder(task, name), progress=False, **{**settings, "epochs": epochs})
     note = f"20-{left.conv2}-{left.fc1}-10, retrained for {epochs} epochs"
-    timed = None if task.short else settings["teacher"]
+    timed = None if task.short else dense
     yield measured(small, test, point=name, method="apoz", stage="trained", dense=timed, note=note)
     return small
 
@@ -108,7 +126,7 @@ def _from_scratch(task: Task, small: nn.Module, sets: Sets, settings: Mapping[st
     epochs = 1 if task.short else EPOCHS + sum(POINTS[name].epochs for name in names[: names.index(CONTROL) + 1])
     torch.manual_seed(task.seed)
     fresh = from_scratch(small, train, val, folder=folder(task, "scratch"), **{**settings, "epochs": epochs})
-    note = f"new weights, {epochs} epochs from the first learning rate on, the same teacher"
+    note = f"new weights, {epochs} epochs from the first learning rate on, the same teachers"
     return measured(fresh, test, point=CONTROL, method="scratch", stage="trained", note=note)
 
 
@@ -117,14 +135,19 @@ REPRODUCTIONS = (
         name="network-trimming-lenet",
         summary="Network Trimming on LeNet 20-50-500-10 and MNIST at the paper's widths and by its rule, with training "
         "from scratch beside it.",
-        expected="about 10 min of one processor core",
+        expected="about 15 min of one processor core",
         run=run,
         paper=PAPER,
         method="apoz",
         remarks="All networks are trained with random shifts by up to two pixels; of the 60,000 training images 5,000 "
         "are held out, on which APoZ is measured and the best epoch chosen. Retraining and the control learn from "
-        "labels and from the unpruned network of the same seed (distillation, weight 0.5, temperature 2). Neither "
-        "shifts nor distillation are in the paper. Each width is cut from the network of the one before it and "
+        "labels and from the unpruned network of the same seed (distillation, weight 0.5, temperature 2); at the "
+        "paper's widths, and in the control, from the mean of the unpruned network and those at the smaller ratios, "
+        "with a square of eight by eight pixels hidden (cutout). Shifts, cutout and distillation are not in the paper. "
+        "Cutout does the unpruned network no good in its 15 epochs: 99.50 and 99.44 %, without it 99.52 and 99.55, "
+        "with seeds 10 and 11, which are not in the table. With those seeds cutout and several teachers were chosen: "
+        "3.85× ended +0.03 and 0.00 points from the unpruned network, with shifts and one teacher alone -0.01 and "
+        "-0.03 (and with seeds 0 to 2 -0.01 ± 0.03). Each width is cut from the network of the one before it and "
         "retrained at 0.4 of the first learning rate: at a tenth, which the rule's rounds take, accuracy on the "
         "held-out images came back by less in as many epochs. 5.87× goes on where the paper ends. Two other "
         "schedules were tried with the first seed and left out: temperature 4 at one rate for all, which did not "
