@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 import prunelab as pl
+from prunelab.explorer.app import Explorer
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
 
 
-def test_an_edit_during_long_work_is_refused_and_leaves_the_controls_off() -> None:
-    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
-    lab.run_profile(progress=False)
-    explorer = pl.explore(lab)
+@pytest.fixture
+def lab() -> pl.Lab:
+    return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
+
+
+def test_an_edit_during_long_work_is_refused_and_leaves_the_controls_off(lab: pl.Lab, explorer: Explorer) -> None:
     gate = threading.Event()
     explorer._job("long work", lambda: "done" if gate.wait(30) else "late")
     plan = lab.plan
@@ -33,11 +36,7 @@ def test_an_edit_during_long_work_is_refused_and_leaves_the_controls_off() -> No
     assert not explorer._commit.disabled
 
 
-def test_the_repair_says_what_it_did() -> None:
-    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
-    lab.run_profile(progress=False)
-    explorer = pl.explore(lab)
-    assert explorer._worker.drain(60)
+def test_the_repair_says_what_it_did(lab: pl.Lab, explorer: Explorer) -> None:
     assert explorer._repaired.layout.display == "none"
     lab.set("fc1", ratio=0.5)
     explorer._repair.value = "least-squares"
@@ -66,11 +65,9 @@ def test_with_new_rows_comes_the_word_that_the_accuracy_is_of_the_old_ones(monke
     assert [("estimate" in keys, state) for keys, state in sent if "units" in keys] == [(True, "stale")]
 
 
-def test_a_plan_goes_to_a_file_and_comes_back_or_the_place_is_refused(tmp_path: Path) -> None:
-    lab = pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
-    lab.run_profile(progress=False)
-    explorer = pl.explore(lab)
-    assert explorer._worker.drain(60)
+def test_a_plan_goes_to_a_file_and_comes_back_or_the_place_is_refused(
+    lab: pl.Lab, explorer: Explorer, tmp_path: Path
+) -> None:
     lab.set("fc1", ratio=0.5)
     plan = lab.plan
     explorer._path.value = str(tmp_path / "plan.json")
