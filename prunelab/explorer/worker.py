@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable
 
 IDLE = 10.0
 """Seconds without work after which the thread ends; the next request starts another."""
+
+
+_LAST_WAIT = 10.0
+"""Seconds that the interpreter's end waits for work that runs."""
 
 
 class Worker:
@@ -26,7 +32,9 @@ class Worker:
         self._jobs: list[Callable[[], None]] = []
         self._serial = 0
         self._busy = False
+        self._ended = False
         self._thread: threading.Thread | None = None
+        _workers.add(self)
 
     def latest(self, work: Callable[[Callable[[], bool]], None]) -> None:
         """Ask for quick work; it replaces what waits and stops what runs."""
@@ -47,6 +55,17 @@ class Worker:
         with self._wake:
             return self._wake.wait_for(lambda: not (self._busy or self._jobs or self._quick), timeout)
 
+    def end(self) -> None:
+        """Give up what waits and stop quick work that runs; a job that runs has some seconds to end."""
+        with self._wake:
+            self._serial += 1
+            self._quick, self._ended = None, True
+            self._jobs.clear()
+            thread = self._thread
+            self._wake.notify_all()
+        if thread is not None:
+            thread.join(_LAST_WAIT)
+
     def _start(self) -> None:
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._loop, name="prunelab", daemon=True)
@@ -58,7 +77,8 @@ class Worker:
             with self._wake:
                 self._busy = False
                 self._wake.notify_all()
-                if not self._wake.wait_for(lambda: bool(self._jobs) or self._quick is not None, IDLE):
+                wanted = self._wake.wait_for(lambda: self._ended or bool(self._jobs) or self._quick is not None, IDLE)
+                if self._ended or not wanted:
                     self._thread = None
                     return
                 self._busy = True
@@ -73,3 +93,13 @@ class Worker:
                     quick(lambda mine=mine: self._serial == mine)  # type: ignore[misc]  # binds now, not later
             except Exception as error:
                 self._on_error(error)
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is inside PyTorch when the interpreter ends would end the process with an abort."""
+    for worker in list(_workers):
+        worker.end()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,3 +76,24 @@ def test_a_newer_request_stops_the_running_one_before_its_next_batch() -> None:
     assert worker.drain(60)
     assert shown == [("older", 256), ("request 9999", 2000)]
     assert batches[8:] == ["older", *["request 9999"] * 8]
+
+
+ENDING = """
+import torch
+from prunelab.explorer.worker import Worker
+
+def busy(wanted):
+    while wanted():
+        torch.randn(64, 64) @ torch.randn(64, 64)
+
+workers = [Worker(print) for _ in range(4)]
+for worker in workers:
+    worker.latest(busy)
+while not all(worker._busy for worker in workers):
+    pass
+"""
+
+
+def test_the_interpreter_ends_while_estimates_run() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
