@@ -71,11 +71,11 @@ class Explorer(w.VBox):
         lab: what is explored; ``explorer.lab`` afterwards.
         """
         self.lab = lab
-        self._worker = Worker(self._failed)
         # The lab is changed by widget callbacks, which arrive on threads of their own and hold this, or by long work on
         # the worker, during which they are refused. A training changes nothing: it works on a copy.
         self._lock = threading.RLock()
         self._stop = threading.Event()
+        self._worker = Worker(self._failed, self._stop.set)
         self._long = False
         self._last_edit = (0.0, "")
         self._seen = 0

@@ -16,6 +16,7 @@ import ipywidgets as w
 from prunelab.errors import PruneLabError
 from prunelab.explorer.train_plot import training_curves
 from prunelab.explorer.training import KINDS, Course, Training
+from prunelab.explorer.worker import Worker
 from prunelab.picture import png
 from prunelab.train.augment import Augment
 from prunelab.train.csgd import LOSSLESS, Squeezed
@@ -41,9 +42,9 @@ class TrainView:
     def __init__(self, explorer: Explorer) -> None:
         self._explorer = explorer
         self._lab = explorer.lab
-        self._thread: threading.Thread | None = None
         self._running = False
         self._stop = threading.Event()
+        self._worker = Worker(explorer._failed, self._stop.set)
         self._drawing = threading.Lock()
         self._said = self._drawn = 0.0
         self._next_drawing = _DRAW_EVERY
@@ -146,8 +147,7 @@ class TrainView:
         self._said = self._drawn = 0.0
         self._say(f"{KINDS[kind]} begins; planning can go on meanwhile", 0.0)
         self._show()
-        self._thread = threading.Thread(target=self._train, args=(training,), name="prunelab training", daemon=True)
-        self._thread.start()
+        self._worker.job(lambda: self._train(training))
 
     def _augmentation(self) -> Augment:
         return Augment(flip=True, crop=max(self._lab.unpruned.images.shape[-1] // 8, 1))
@@ -216,9 +216,7 @@ class TrainView:
 
     def wait(self, timeout: float) -> bool:
         """Wait until no training runs and nothing is left to show; False if that takes longer than so many seconds."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        return self._explorer._worker.drain(timeout) and not self._running
+        return self._worker.drain(timeout) and self._explorer._worker.drain(timeout) and not self._running
 
     # Showing ---------------------------------------------
 

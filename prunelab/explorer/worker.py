@@ -22,11 +22,13 @@ class Worker:
     when there has been nothing to do for a while, so that what a closed notebook cell left behind can be freed.
     """
 
-    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+    def __init__(self, on_error: Callable[[Exception], None], stop: Callable[[], None] = lambda: None) -> None:
         """Args:
         on_error: called, on the worker's thread, with whatever a piece of work raises.
+        stop: called when the interpreter ends: asks a job that runs to end.
         """
         self._on_error = on_error
+        self._stop = stop
         self._wake = threading.Condition()
         self._quick: Callable[[Callable[[], bool]], None] | None = None
         self._jobs: list[Callable[[], None]] = []
@@ -56,7 +58,7 @@ class Worker:
             return self._wake.wait_for(lambda: not (self._busy or self._jobs or self._quick), timeout)
 
     def end(self) -> None:
-        """Give up what waits and stop quick work that runs; a job that runs has some seconds to end."""
+        """Give up what waits, stop what runs, and wait for it, some seconds at most; no other work is taken up."""
         with self._wake:
             self._serial += 1
             self._quick, self._ended = None, True
@@ -64,9 +66,12 @@ class Worker:
             thread = self._thread
             self._wake.notify_all()
         if thread is not None:
+            self._stop()
             thread.join(_LAST_WAIT)
 
     def _start(self) -> None:
+        if self._ended:
+            return
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._loop, name="prunelab", daemon=True)
             self._thread.start()
