@@ -90,7 +90,10 @@ def feature_rank(maps: Tensor) -> Scores:
     images, channels = maps.shape[:2]
     width = maps.shape[-1] if maps.dim() > 2 else 1
     matrices = maps.reshape(images, channels, math.prod(maps.shape[2:]) // width, width)
-    return np.asarray(torch.linalg.matrix_rank(matrices).double().mean(0).numpy(), np.float64)
+    # The computation knows no half precision; the tolerance is that of the values all the same.
+    tolerance = max(matrices.shape[-2:]) * torch.finfo(maps.dtype).eps
+    exact = matrices if maps.dtype in (torch.float32, torch.float64) else matrices.float()
+    return np.asarray(torch.linalg.matrix_rank(exact, rtol=tolerance).double().mean(0).numpy(), np.float64)
 
 
 @register("output_energy", needs=("statistics", "next_weights"))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from prunelab.program.channels import Layer
 from prunelab.program.ids import FIXED, Ids
@@ -76,8 +78,8 @@ def carried_back(program: Program, gain: Gain = lambda node, made, read: 1.0) ->
     that no output is known to depend on starts with ones too.
 
     Args:
-        gain: what |W| is multiplied by, weight by weight: s_i = Σ_j |W_ji| · gain_ji · s_j. A depthwise convolution,
-            which hands every channel to itself, has none.
+        gain: what |W| is multiplied by, weight by weight: s_i = Σ_j |W_ji| · gain_ji · s_j. A grouped convolution whose
+            groups go whole, as every channel of a depthwise one does, has none.
 
     Returns:
         by site, shape ``(classes,)``, indexed by channel class; the largest is 1.
@@ -129,17 +131,17 @@ def _back(program: Program, node: Node, share: _Share, use: Weighted | None, gai
 
 
 def _through(program: Program, node: Node, use: Weighted, share: Array, gain: Gain) -> Array:
-    """(|W| · gain)ᵀ s; a depthwise convolution gives each channel's to the channel itself."""
+    """(|W| · gain)ᵀ s; groups that go whole hand to each channel that they read what they make of it."""
     label = program.structure.label
     weight = weight_value(program, use.weight).abs()
+    within = _within_groups(program, node, use, weight, share)
+    if within is not None:
+        return within
     made = use.ids(program, use.dim)
     if made is None:
         # A single output is no channel, and so has no share: it is all that there is.
         made, share = np.full(weight.shape[use.dim], FIXED), np.eye(1, len(label), FIXED)[0]
-    # A channel that stands in several places has its share spread evenly over them.
-    each = (share / np.maximum(np.bincount(label[made], minlength=len(label)), 1))[label[made]]
-    if int(node.args.get("groups", 1)) > 1 and weight.shape[1] == 1:
-        return np.asarray(np.bincount(label[made], each * weight.flatten(1).sum(1).numpy(), len(share)), np.float64)
+    each = _spread(share, label[made])
     found = np.zeros(len(share))
     for dim in range(weight.dim()):
         read = use.ids(program, dim)
@@ -148,6 +150,33 @@ def _through(program: Program, node: Node, use: Weighted, share: Array, gain: Ga
             gained = matrix.numpy() * gain(node.index, label[made], label[read])
             found += np.bincount(label[read], each @ gained, len(share))
     return found
+
+
+def _spread(share: Array, labels: Ids) -> Array:
+    """Shares by place: those of a channel that stands in several places lie evenly over them."""
+    return np.asarray((share / np.maximum(np.bincount(labels, minlength=len(share)), 1))[labels], np.float64)
+
+
+def _within_groups(program: Program, node: Node, use: Weighted, weight: Tensor, share: Array) -> Array | None:
+    """|W|ᵀ s of a grouped convolution whose groups go whole, so that it reads the channels that it makes.
+
+    A depthwise convolution is one: each channel is a group. None where it is no such convolution.
+
+    Args:
+        weight: |W|, of shape ``(made, read of a group, …)``, and of a transposed one ``(read, made of a group, …)``.
+    """
+    groups = int(node.args.get("groups", 1))
+    given, label = node.args.get("input"), program.structure.label
+    if groups == 1 or not isinstance(given, Ref):
+        return None
+    places = [program.structure.values[i] for i in (node.index, given.index)]
+    made, read = (dims[1 - weight.dim()] if isinstance(dims, tuple) else None for dims in places)
+    if made is None or read is None or not np.isin(label[made], label[read]).all():
+        return None
+    matrices = weight.flatten(2).sum(2).unflatten(0, (groups, -1))
+    matrices = matrices if use.dim == 0 else matrices.transpose(1, 2)
+    each = torch.from_numpy(_spread(share, label[made])).view(groups, 1, -1)
+    return np.asarray(np.bincount(label[read], (each @ matrices).flatten().numpy(), len(share)), np.float64)
 
 
 def _norm(program: Program, node: Node) -> Array:

@@ -62,6 +62,7 @@ _ADVICE = {
     "statistics": "profile again",
 }
 _CRITERIA: dict[str, Criterion] = {}
+_FAMILIES: dict[str, Callable[[str], None]] = {}
 
 
 def register(name: str, needs: str | Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -109,6 +110,19 @@ def register(name: str, needs: str | Sequence[str]) -> Callable[[Callable[..., A
     return add
 
 
+def register_family(name: str) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
+    """Add a family of criteria, whose members are called ``name(…)`` and made when one is asked for.
+
+    The decorated function takes a member's whole name and registers it, or does nothing where there is no such member.
+    """
+
+    def add(make: Callable[[str], None]) -> Callable[[str], None]:
+        _FAMILIES[name] = make
+        return make
+
+    return add
+
+
 def criteria_names() -> tuple[str, ...]:
     """Names of all criteria."""
     return tuple(_CRITERIA)
@@ -120,6 +134,9 @@ def get(name: str) -> Criterion:
     Raises:
         PruneLabError: there is none, with the nearest names.
     """
+    family, bracket, _ = name.partition("(")
+    if name not in _CRITERIA and bracket and family in _FAMILIES:
+        _FAMILIES[family](name)
     if name not in _CRITERIA:
         raise unknown("criterion", name, _CRITERIA)
     return _CRITERIA[name]

@@ -6,6 +6,7 @@ abstract names propagation, inter-layer correlation and the information of featu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from prunelab.criteria.activations import entropy, feature_rank
 from prunelab.criteria.ranks import ranks
-from prunelab.criteria.registry import register
+from prunelab.criteria.registry import register, register_family
 from prunelab.errors import PruneLabError, unknown
 
 Scores = NDArray[np.float64]
@@ -29,6 +30,11 @@ INFORMATION: Mapping[str, tuple[str, Callable[[Any], Scores]]] = MappingProxyTyp
     }
 )
 """What a channel's information is measured by: what that needs, and the function; all but rank of pooled responses."""
+
+
+_NAME = re.compile(
+    r"result_oriented\(alpha=(?P<alpha>\d+(\.\d+)?(e-?\d+)?), (?P<information>\w+)(?P<uncorrelated>, R=1)?\)"
+)
 
 
 def balanced(information: Scores, importance: Scores, alpha: float) -> Scores:
@@ -84,7 +90,9 @@ def variant(alpha: float = 0.5, *, information: str = "entropy", correlated: boo
     if (alpha, information, correlated) == (0.5, "entropy", True):
         return "result_oriented"
     need, measure = INFORMATION[information]
-    name = f"result_oriented(alpha={alpha:g}, {information}{'' if correlated else ', R=1'})"
+    # In few digits where those are all of it: other numbers would share its name.
+    share = f"{alpha:g}" if float(f"{alpha:g}") == alpha else repr(float(alpha))
+    name = f"result_oriented(alpha={share}, {information}{'' if correlated else ', R=1'})"
 
     def score(material: Any, importance: Scores) -> Scores:
         return balanced(measure(material), importance, alpha)
@@ -93,3 +101,11 @@ def variant(alpha: float = 0.5, *, information: str = "entropy", correlated: boo
     score.__doc__ = f"rank(s)^{alpha:g} · rank({information})^{1 - alpha:g}{joined} (a variant of result_oriented)."
     register(name, needs=(need, "final_response" if correlated else "final_response_by_weights"))(score)
     return name
+
+
+@register_family("result_oriented")
+def _named(name: str) -> None:
+    """Register the variant of a name, such as a saved plan brings into a new process."""
+    found = _NAME.fullmatch(name)
+    if found is not None and found["information"] in INFORMATION and 0 <= float(found["alpha"]) <= 1:
+        variant(float(found["alpha"]), information=found["information"], correlated=found["uncorrelated"] is None)

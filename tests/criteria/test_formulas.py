@@ -66,6 +66,15 @@ def test_rank_of_maps() -> None:
     assert feature_rank(images).tolist() == [2.0, 3.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rank_of_maps_in_half_precision_is_numerical_to_that_precision(dtype: torch.dtype) -> None:
+    # Rounded, a projection on k dimensions has full rank for float32.
+    basis = torch.linalg.qr(torch.randn(6, 8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    maps = torch.stack([basis[:, :, :k] @ basis[:, :, :k].mT for k in (1, 3, 8)], dim=1).to(dtype)
+    assert feature_rank(maps).tolist() == [1.0, 3.0, 8.0]
+    assert feature_rank(maps.float())[1] > 7
+
+
 @pytest.mark.parametrize("shape", [(4, 2), (4, 2, 5), (4, 2, 1, 1)])
 def test_a_map_of_one_row_or_value_has_rank_one_unless_it_is_zero(shape: tuple[int, ...]) -> None:
     maps = torch.ones(shape)

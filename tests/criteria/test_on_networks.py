@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 import prunelab as pl
 from prunelab import zoo
+from prunelab.criteria.propagation import importance
 from prunelab.criteria.registry import get, scores
 
 
@@ -147,6 +148,27 @@ def test_importance_goes_back_through_linear_layers() -> None:
 def test_importance_starts_at_a_single_output() -> None:
     program = sequence(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1), image=(5,))
     carried(program, "0", absolute(program, "2")[0])
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(("read", "made", "groups"), [(8, 8, 8), (8, 16, 8), (8, 4, 4), (8, 12, 4)])
+def test_importance_goes_back_through_groups_that_go_whole(kind: Any, read: int, made: int, groups: int) -> None:
+    grouped, last = kind(read, made, 2, stride=2, groups=groups, bias=False), nn.Conv2d(made, 5, 2, bias=False)
+    program = sequence(nn.Conv2d(3, read, 1), nn.ReLU(), grouped, nn.ReLU(), last, nn.Flatten(), image=(3, 4, 4))
+    # What one pixel of a channel adds to each channel, at each place of a kernel or of a stride.
+    plain = kind(read, made, 2, stride=2, groups=groups, bias=False).double().requires_grad_(False)
+    plain.weight.copy_(program.model.get_parameter("2.weight").detach().abs())
+    matrix = torch.zeros(read, made, dtype=torch.float64)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        pixel = torch.zeros(read, read, 2, 2, dtype=torch.float64)
+        pixel[range(read), range(read), row, column] = 1.0
+        matrix += plain(pixel).sum((2, 3))
+    # A group's share lies evenly over the channels that it makes.
+    each = program.model.get_parameter("4.weight").detach().abs().sum((0, 2, 3)).view(groups, -1)
+    back = (matrix @ each.mean(1, keepdim=True).expand_as(each).flatten()).view(groups, -1).sum(1)
+    layer = program.layers[0]
+    found = importance(program)[min(layer.sites)][layer.labels]
+    assert np.allclose(found / found.sum(), (back / back.sum()).numpy(), rtol=1e-12)
 
 
 def test_importance_goes_back_through_norms_flattening_and_grouped_and_depthwise_convolutions() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +187,32 @@ def test_without_pooled_responses_it_says_what_to_do() -> None:
     bare = pl.profile(program, images, cache=False, progress=False, budget=0)
     with pytest.raises(pl.PruneLabError, match=r"'result_oriented' needs pooled, .* larger budget"):
         scores(program, bare, "result_oriented", program.layer("conv1"))
+
+
+LOADING = """
+import sys
+import prunelab as pl
+from prunelab.criteria.registry import get
+plan = pl.Plan.from_json(sys.stdin.read())
+print(plan.criterion, get(plan.criterion).needs)
+"""
+
+
+@pytest.mark.parametrize("choice", [{"alpha": 0.3}, {"alpha": 1 / 3, "information": "rank", "correlated": False}])
+def test_a_plan_by_a_variant_is_read_in_a_new_process(choice: dict[str, Any]) -> None:
+    name = variant(**choice)
+    asked = pl.Plan(name).set("conv1", ratio=0.5).to_json()
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], input=asked, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == f"{name} {get(name).needs}"
+
+
+@pytest.mark.parametrize("name", ["result_oriented(alpha=2, rank)", "result_oriented(alpha=0.5, rang)", "l1(alpha=0)"])
+def test_a_variant_that_cannot_be_is_unknown(name: str) -> None:
+    with pytest.raises(pl.PruneLabError, match="no criterion"):
+        get(name)
+
+
+def test_two_choices_of_alpha_have_two_names() -> None:
+    assert variant(1 / 3) != variant(0.333333)
