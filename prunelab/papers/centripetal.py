@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from prunelab.errors import PruneLabError
 from prunelab.preview import labelled
 from prunelab.program.program import cost, trace
+from prunelab.progress import Stopped
 from prunelab.train.clusters import Clusters, clusters
 from prunelab.train.csgd import Squeezed, csgd, departure
+from prunelab.train.finetune import stopped
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def centripetal_sgd(
 
     Raises:
         PruneLabError: as :func:`prunelab.csgd`; shares that do not fall; members that still differ after a training.
+        Stopped: the progress function returned False; with a folder, the same call goes on from there.
     """
     steps = (shares,) if isinstance(shares, int | float) else tuple(shares)
     if not steps or any(after >= before for before, after in pairwise(steps)):
@@ -88,6 +91,8 @@ def centripetal_sgd(
     for share, width in zip(steps, widths, strict=True):
         here = None if folder is None else Path(folder) / f"to-{share:g}"
         squeezed = csgd(now, train, val, width, how=how, folder=here, **settings)
+        if stopped(squeezed.table):
+            raise Stopped(f"squeezing to {share:g}")
         now = squeezed.trimmed()
         small = cost(squeezed.program, squeezed.clusters.selection())
         done.append(Squeeze(share, squeezed, in_float64(squeezed, images), small.params, small.flops))

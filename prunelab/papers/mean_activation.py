@@ -7,10 +7,10 @@ weights of the layers before and after; train on to convergence. Nothing is adde
 of it: it works with and without batch norm.
 
 Our reading: the activation of channel c is A_c = mean over images and positions of its value after the activation
-function, in evaluation mode, images not augmented; the threshold of a layer is the quantile of its A at the ratio p,
-exactly ⌊p · C⌋ of its C channels go (equal ones in order), and one stays at least; convergence is basic where the
-training loss moved by less than 1 % over five epochs, or where half of the epochs are done; inner layers alone, not the
-streams that residual blocks add to, unless asked for.
+function, in evaluation mode, images not augmented; the threshold of a layer with the ratio p and C channels lies where
+exactly ⌊p · C⌋ of them go (equal ones in order), and one stays at least; convergence is basic where the training loss
+moved by less than 1 % over five epochs, or where half of the epochs are done; inner layers alone, not the streams that
+residual blocks add to, unless asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from prunelab.commit import commit
@@ -49,7 +48,7 @@ class Cut:
 
     Attributes:
         plan: what was removed.
-        thresholds: by layer, the mean activation below which neurons went.
+        thresholds: by layer, the lowest mean activation of a neuron that stayed.
         images: training images over which activations were averaged.
         before, after: epochs of training before the cut and after it.
     """
@@ -69,7 +68,7 @@ def mean_activation(
     *,
     epochs: int,
     streams: bool = False,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, Cut]:
     """Train to basic convergence, cut by mean activation, train on.
@@ -86,11 +85,11 @@ def mean_activation(
     Raises:
         PruneLabError: a ratio or layer that does not fit, and all that finetune raises.
     """
-    trained = copy.deepcopy(model)
-    before = basic_convergence(trained, train, val, epochs=epochs, folder=folder and folder / "basic", **settings)
+    trained, place = copy.deepcopy(model), None if folder is None else Path(folder)
+    before = basic_convergence(trained, train, val, epochs=epochs, folder=place and place / "basic", **settings)
     small, cut = cut_by_mean_activation(trained, train, ratio, streams=streams)
     after = epochs - before
-    finetune(small, train, val, epochs=after, folder=folder and folder / "on", progress=False, **settings)
+    finetune(small, train, val, epochs=after, folder=place and place / "on", progress=False, **settings)
     return small, Cut(cut.plan, cut.thresholds, cut.images, before, after)
 
 
@@ -132,11 +131,14 @@ def cut_by_mean_activation(
     program = trace(model, labelled(train, 2)[0])
     seen = profile(program, train, progress=False)
     ratios = ratio if isinstance(ratio, Mapping) else dict.fromkeys(inner_layers(program, streams), ratio)
-    plan, thresholds = Plan("mean_activation"), {}
+    plan = Plan("mean_activation")
     for name, share in ratios.items():
         plan = plan.set(name, ratio=share)
-        thresholds[name] = float(np.quantile(scores(program, seen, "mean_activation", program.layer(name)), share))
-    return commit(program, plan.resolve(program, seen)), Cut(plan, thresholds, seen.images, 0, 0)
+    selection, thresholds = plan.resolve(program, seen), {}
+    for name in ratios:
+        means = scores(program, seen, "mean_activation", program.layer(name))
+        thresholds[name] = float(means[list(selection.kept.get(name, range(means.size)))].min())
+    return commit(program, selection), Cut(plan, thresholds, seen.images, 0, 0)
 
 
 def inner_layers(program: Program, streams: bool = False) -> Sequence[str]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from prunelab.commit import commit
+from prunelab.criteria.registry import get as find_criterion
 from prunelab.errors import PruneLabError, unknown
 from prunelab.papers.evidence import accuracy
 from prunelab.papers.multi_grain_record import Cut, Grain, MultiGrain, Size
@@ -35,10 +36,10 @@ from prunelab.plan import REPAIRS, Plan
 from prunelab.preview import labelled
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.selection import Selection
-from prunelab.progress import Progress
+from prunelab.progress import Progress, Stopped
 from prunelab.repair import sample_of
 from prunelab.train.chance import seed_of
-from prunelab.train.finetune import finetune
+from prunelab.train.finetune import finetune, stopped
 from prunelab.train.recipe import Recipe
 
 GRAINS = ("block", "layer", "channel", "weight")
@@ -46,7 +47,6 @@ BUDGETS: Mapping[str, float] = {"block": 0.005, "layer": 0.005, "channel": 0.01,
 """How far the accuracy may fall below the unpruned network's in each grain, as a share of one."""
 
 T = TypeVar("T")
-OnGrain = Callable[[Grain, nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,19 @@ class _Method:
     progress: Progress | bool
 
 
-def multi_grain(
+def multi_grain(model: nn.Module, train: Any, val: Any, **settings: Any) -> tuple[nn.Module, MultiGrain]:
+    """Prune a network from coarse to fine. The given one is not changed.
+
+    >>> small, record = multi_grain(model, train, val, budgets={"layer": 0.01, "channel": 0.01, "weight": 0.01})
+
+    Args:
+        settings: as for :func:`grains`.
+    """
+    *_, (record, small) = grains(model, train, val, **settings)
+    return copy.deepcopy(model) if small is model else small, record
+
+
+def grains(
     model: nn.Module,
     train: Any,
     val: Any,
@@ -96,13 +108,12 @@ def multi_grain(
     calibration: int = 512,
     recovery: Recipe | Mapping[str, Recipe] | None = None,
     finetuning: Recipe | Mapping[str, Recipe] | None = None,
-    on_grain: OnGrain | None = None,
     folder: Path | str | None = None,
     progress: Progress | bool = True,
-) -> tuple[nn.Module, MultiGrain]:
-    """Prune a network from coarse to fine. The given one is not changed.
+) -> Iterator[tuple[MultiGrain, nn.Module]]:
+    """The grains of :func:`multi_grain` as they are done: what all did up to now, and the network as it is then.
 
-    >>> small, record = multi_grain(model, train, val, budgets={"layer": 0.01, "channel": 0.01, "weight": 0.01})
+    The first is that of no grain, with the given network.
 
     Args:
         train: Dataset or DataLoader of (image, label), as for :func:`prunelab.finetune`.
@@ -121,18 +132,19 @@ def multi_grain(
         recovery: the training after each cut, one epoch unless told; ``finetuning``: that at the end of a grain, five
             epochs unless told. Each a recipe, or one for each grain by name; they learn from the unpruned network,
             unless they name a teacher of their own.
-        on_grain: called after every grain's fine-tuning with its record and the network as it is then.
         folder: for checkpoints, each training's in a folder of its own; called again with the same arguments, it goes
             on where it was.
         progress: as for :func:`prunelab.finetune`.
 
     Raises:
-        PruneLabError: an unknown grain, repair or score, a budget, share or stop out of range, masks in a recipe, and
-            all that finetune raises.
+        PruneLabError: an unknown grain, criterion, repair or score, a budget, share or stop out of range, masks in a
+            recipe, and all that finetune raises.
+        Stopped: the progress function returned False; with a folder, the same call goes on from there.
     """
     short, long = _by_grain(recovery or Recipe(epochs=1)), _by_grain(finetuning or Recipe(epochs=5))
     repairs = _by_grain(repair)
     _check(budgets, stops or {}, {"channels": channels, "weights": weights}, short, long, repairs, score)
+    find_criterion(criterion)
     short, long = _taught(short, model), _taught(long, model)
     place = None if folder is None else Path(folder)
     method = _Method(
@@ -140,16 +152,15 @@ def multi_grain(
     )
     now = _Network(model, trace(model, labelled(val, 2)[0]), {})
     dense, base = now.size, accuracy(model, *labelled(val))
-    grains: list[Grain] = []
+    record = MultiGrain(dense, base, (), {})
+    yield record, model
     for name in (grain for grain in GRAINS if grain in budgets):
         for stop in (stops or {}).get(name, (math.inf,)):
-            now, grain = _grain(method, now, name, base - budgets[name], dense.params / stop, len(grains))
-            grains.append(grain)
-            if on_grain is not None:
-                on_grain(grain, now.model)
+            now, grain = _grain(method, now, name, base - budgets[name], dense.params / stop, len(record.grains))
+            record = replace(record, grains=(*record.grains, grain), masks=now.masks)
+            yield record, now.model
             if grain.cuts and not grain.cuts[-1].kept:
                 break
-    return copy.deepcopy(model) if now.model is model else now.model, MultiGrain(dense, base, tuple(grains), now.masks)
 
 
 def _grain(
@@ -184,7 +195,10 @@ def _train(method: _Method, now: _Network, recipe: Recipe, place: str) -> None:
     folder = None if method.folder is None else method.folder / place
     # With one seed for all, every training would see the same images in the same order, shifted in the same way.
     recipe = replace(recipe, masks=now.masks, seed=seed_of(recipe.seed, place))
-    finetune(now.model, method.train, method.val, recipe=recipe, folder=folder, progress=method.progress)
+    table = finetune(now.model, method.train, method.val, recipe=recipe, folder=folder, progress=method.progress)
+    if stopped(table):
+        # Cuts of a network that is half trained would be other cuts.
+        raise Stopped(place)
 
 
 def _next(method: _Method, now: _Network, grain: str, wanted: float) -> tuple[str, Selection] | None:

@@ -22,6 +22,7 @@ from prunelab.preview import Preview, labelled
 from prunelab.profile.batches import in_memory, in_order
 from prunelab.program.program import Program, cost
 from prunelab.program.selection import Selection
+from prunelab.program.weighted import weighted_nodes
 from prunelab.repair import Repairer, sample_of
 
 
@@ -59,7 +60,8 @@ def lowest_channels(program: Program, train: Any, criterion: str, share: float) 
 
     Args:
         train: what the criterion is measured on.
-        share: of all free channels, 0 to 1; one goes at least, unless no layer can tell its channels apart.
+        share: of all free channels, 0 to 1; one goes at least, unless no layer can tell its channels apart. Those that
+            are equally far below go together, were they more than the share.
     """
     profile = profile_for(program, train, criterion, progress=False)
     free = [layer for layer in program.layers if not layer.pinned and layer.channels > 1]
@@ -67,9 +69,14 @@ def lowest_channels(program: Program, train: Any, criterion: str, share: float) 
     if not found:
         return Selection()
     far = np.sort(np.concatenate([_standardised(score) for score in found.values()]))
+    # Below the first that stays: where many are equal, such as dead channels, the share may end among the lowest.
+    least = far[max(1, int(share * far.size))]
+    stays = least if least > far[0] else far[far > far[0]].min(initial=np.inf)
+    if not np.isfinite(stays):
+        return Selection()
     plan = Plan(criterion)
     for name in found:
-        plan = plan.set(name, std=-float(far[max(1, int(share * far.size))]))
+        plan = plan.set(name, std=-float(stays))
     return plan.resolve(program, score=lambda layer: found[layer.name])
 
 
@@ -103,7 +110,10 @@ WEIGHT_SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitud
 def smallest_weights(
     program: Program, masks: Mapping[str, Tensor], share: float, enough: float = 0.0, score: str = "magnitude"
 ) -> Mapping[str, Tensor]:
-    """Masks without the weights of the lowest score, all layers together; biases and norms are left alone.
+    """Masks without the weights of the lowest score, all layers together.
+
+    Weights are what convolutions, linear layers and their like multiply inputs by; biases, norms, scales of layers and
+    embeddings are left alone.
 
     Args:
         masks: those that there are, by parameter name, True where a weight stays; what is zero stays so.
@@ -119,11 +129,8 @@ def smallest_weights(
     """
     if score not in WEIGHT_SCORES:
         raise unknown("score of weights", score, WEIGHT_SCORES)
-    weights = {
-        k: p.detach().double().cpu()
-        for k, p in program.model.named_parameters()
-        if p.dim() > 1 and k in program.state_nodes
-    }
+    weigh = frozenset[str]().union(*(use.states for use in weighted_nodes(program)))
+    weights = {k: p.detach().double().cpu() for k, p in program.model.named_parameters() if p.dim() > 1 and k in weigh}
     stays = {k: masks[k].bool().cpu() if k in masks else torch.ones_like(w).bool() for k, w in weights.items()}
     alive = torch.cat([stay.flatten() for stay in stays.values()])
     found = torch.cat([WEIGHT_SCORES[score](w * stays[k]).flatten() for k, w in weights.items()])

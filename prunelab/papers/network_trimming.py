@@ -87,7 +87,7 @@ def trimmings(
     drop: float = 0.005,
     rounds: int = 20,
     layers: Sequence[str] | None = None,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     **settings: Any,
 ) -> Iterator[tuple[Round, nn.Module]]:
     """The rounds of :func:`network_trimming`, each with the network after it, as they are done.
@@ -106,17 +106,22 @@ def trimmings(
         settings: of the retraining, those of :class:`prunelab.Recipe`.
 
     Raises:
-        PruneLabError: no layer can be trimmed, and all that finetune raises.
+        PruneLabError: no layer can be trimmed, a layer that there is not, and all that finetune raises.
     """
     images, labels = labelled(val)
     base, now = accuracy(model, images, labels), model
+    place = None if folder is None else Path(folder)
     recipe = Recipe.of({"lr": first_lr / 10, **settings})
     begun: list[str] = []
     for number in range(1, rounds + 1):
         program = trace(now, images[:2])
         zeros = profile(program, val, progress=False)
-        names = _free(program, layers)
+        if number == 1:
+            chosen = _chosen(program, layers)
+        # One that is down to a single neuron is no layer any more.
+        names = [layer.name for layer in program.layers if layer.name in chosen]
         apoz = {name: mean_apoz(program, zeros, name) for name in names}
+        begun = [name for name in begun if name in names]
         begun = begun or sorted(names, key=apoz.__getitem__, reverse=True)[:begin_with]
         plan = _next_plan(program, zeros, names, begun, number - 1, std, most, least)
         if plan is None:
@@ -124,7 +129,7 @@ def trimmings(
         selection = plan.resolve(program, zeros)
         small = commit(program, selection)
         before = accuracy(small, images, labels)
-        finetune(small, train, val, recipe=recipe, folder=folder and folder / f"round-{number}", progress=False)
+        finetune(small, train, val, recipe=recipe, folder=place and place / f"round-{number}", progress=False)
         after = accuracy(small, images, labels)
         found = cost(program, selection)
         widths = {name: len(selection.kept.get(name, range(program.layer(name).channels))) for name in names}
@@ -136,8 +141,14 @@ def trimmings(
         now = small
 
 
-def _free(program: Program, layers: Sequence[str] | None) -> list[str]:
-    names = [layer.name for layer in program.layers if not layer.pinned and (layers is None or layer.name in layers)]
+def _chosen(program: Program, layers: Sequence[str] | None) -> list[str]:
+    """Names of the layers that may be trimmed.
+
+    Raises:
+        PruneLabError: there is none, or not one of the given ones.
+    """
+    asked = program.layers if layers is None else [program.layer(name) for name in layers]
+    names = [layer.name for layer in asked if not layer.pinned]
     if not names:
         raise PruneLabError("Network Trimming has no layer to trim: all that it may look at are pinned.")
     return names

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -34,10 +35,11 @@ from prunelab.criteria.measuring import profile_for
 from prunelab.criteria.result_oriented import variant
 from prunelab.preview import labelled
 from prunelab.program.program import trace
-from prunelab.progress import Progress
+from prunelab.progress import Progress, Stopped
 from prunelab.repair import sample_of
 from prunelab.search import Best, best_plan
-from prunelab.train.finetune import finetune
+from prunelab.train.finetune import finetune, stopped
+from prunelab.train.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +72,9 @@ def result_oriented(
     repair: str = "least-squares",
     layers: tuple[str, ...] | None = None,
     n: int = 500,
+    certain: bool = True,
     epochs: int = 5,
+    folder: Path | str | None = None,
     progress: Progress | bool = True,
     **settings: Any,
 ) -> tuple[nn.Module, Decided]:
@@ -87,7 +91,9 @@ def result_oriented(
         repair: how surviving weights are corrected, in every measurement of the decision and at its end.
         layers: names of those that may be cut; all that can be unless given.
         n: validation images that the steps of the decision are measured on.
-        epochs, settings: as for :func:`prunelab.finetune`; 0 epochs leave fine-tuning out.
+        certain: whether the upper end of the drop's interval counts, see :func:`prunelab.best_plan`.
+        epochs: of fine-tuning; 0 leave it out. ``folder`` is for its checkpoints.
+        settings: those of :class:`prunelab.Recipe`.
 
     Returns:
         The small network, and what was done.
@@ -96,6 +102,8 @@ def result_oriented(
         PruneLabError: a wish that no plan grants, or what plan and training cannot use.
         Stopped: the progress function returned False.
     """
+    # Wrong settings are told now, and not when the search is done.
+    recipe = Recipe.of({"epochs": epochs, **settings})
     images, labels = labelled(val)
     program = trace(copy.deepcopy(model), images[:2])
     criterion = variant(alpha, information=information, correlated=correlated)
@@ -114,9 +122,13 @@ def result_oriented(
         repair_images=sample,
         layers=layers,
         n=n,
+        certain=certain,
         progress=progress,
     )
     small = commit(program, best.plan.resolve(program, seen), repair=repair, images=sample)
     if not epochs:
         return small, Decided(best, None)
-    return small, Decided(best, finetune(small, train, val, epochs=epochs, progress=progress, **settings))
+    table = finetune(small, train, val, recipe=recipe, folder=folder, progress=progress)
+    if stopped(table):
+        raise Stopped("fine-tuning")
+    return small, Decided(best, table)

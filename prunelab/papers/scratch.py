@@ -9,15 +9,31 @@ from typing import Any
 
 from torch import nn
 
+from prunelab.errors import PruneLabError
 from prunelab.train.finetune import finetune
 
 
 def default_weights(model: nn.Module) -> None:
-    """Give every module the weights that PyTorch gives a new one."""
+    """Give every module the weights that PyTorch gives a new one.
+
+    Raises:
+        PruneLabError: a module holds parameters of its own, such as a class token, and has no way to reset them.
+    """
     for part in model.modules():
         reset = getattr(part, "reset_parameters", None)
         if reset is not None:
             reset()
+    # Attention and transformers of PyTorch's: what they set of their parts comes after those have.
+    for name, part in reversed(list(model.named_modules())):
+        late = getattr(part, "_reset_parameters", None)
+        own = next((key for key, _ in part.named_parameters(recurse=False)), None)
+        if late is not None:
+            late()
+        elif own is not None and not hasattr(part, "reset_parameters"):
+            raise PruneLabError(
+                f"{name or 'The network'} holds the parameter {own!r}, which would stay as it was trained: give "
+                f"{type(part).__name__} a method reset_parameters, or pass weights= of your own."
+            )
 
 
 def he_weights(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from prunelab.train.heap import freed_memory_kept
 from prunelab.train.position import Epoch
 from prunelab.train.recipe import Recipe
 from prunelab.train.setting import accelerated, as_it_was
-from prunelab.train.trainer import Trainer
+from prunelab.train.trainer import STOPPED, Trainer
 from prunelab.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -84,3 +84,8 @@ def finetune(
     table.attrs.update(trainer.at.notes)
     table.attrs["images at once"] = str(trainer.at.at_once or "whole batches")
     return table
+
+
+def stopped(table: pd.DataFrame) -> bool:
+    """Whether the training of such a table was asked to stop before its end: the best weights until then stay."""
+    return str(table.attrs["ended"]).startswith(STOPPED)

@@ -34,6 +34,8 @@ from prunelab.train.watch import Watch
 # On a GPU reading the loss waits for the device: so many steps go by unread.
 _LOOK_EVERY = 20
 _MODEL, _BEST = "model:", "best:"
+STOPPED = "stopped"
+"""How the note on its end begins where a training was asked to stop."""
 
 
 class Trainer:
@@ -125,7 +127,7 @@ class Trainer:
                 self._keep(checkpoints)
         except Stopped:
             if not self.at.done:
-                self.at.notes["ended"] = f"stopped in epoch {self.at.epoch}"
+                self.at.notes["ended"] = f"{STOPPED} in epoch {self.at.epoch}"
             if self.at.rows:
                 self._keep(checkpoints)
         finally:

@@ -15,15 +15,24 @@ from torch import Tensor, nn
 
 import prunelab as pl
 from prunelab.papers.evidence import accuracy
-from prunelab.papers.multi_grain import GRAINS, multi_grain
+from prunelab.papers.experiments.multi_grain import _Mixed
+from prunelab.papers.multi_grain import GRAINS, grains, multi_grain
 from prunelab.papers.multi_grain_record import Grain, MultiGrain
 from prunelab.papers.multi_grain_scores import added_loss, lamp, lowest_channels, smallest_weights
 from prunelab.papers.reproduce import reproduce
+from prunelab.progress import Stopped
 
 TRAIN, VAL = killed.images(400, 0), killed.images(200, 1)
 RECIPE = pl.Recipe(epochs=1, lr=0.02, batch_size=32, precision="no")
 ALL = dict.fromkeys(GRAINS, 1.0)
 STOPS = {"block": (1.2,), "layer": (2.0,), "channel": (5.0,), "weight": (8.0, 12.0)}
+GIVEN: dict[str, Any] = {
+    "budgets": ALL,
+    "stops": STOPS,
+    "recovery": RECIPE,
+    "finetuning": RECIPE,
+    "progress": False,
+}
 
 
 def stage(given: int, width: int) -> list[nn.Module]:
@@ -47,21 +56,15 @@ def dense() -> nn.Module:
 
 
 def pruned(model: nn.Module, **settings: Any) -> tuple[nn.Module, MultiGrain]:
-    given: dict[str, Any] = {
-        "budgets": ALL,
-        "stops": STOPS,
-        "recovery": RECIPE,
-        "finetuning": RECIPE,
-        "progress": False,
-    }
-    return multi_grain(model, TRAIN, VAL, **{**given, **settings})
+    return multi_grain(model, TRAIN, VAL, **{**GIVEN, **settings})
 
 
 @pytest.fixture(scope="module")
 def whole(dense: nn.Module) -> tuple[nn.Module, MultiGrain, list[tuple[Grain, nn.Module]]]:
     """All grains on it, with a copy of the network that each of them left."""
     left: list[tuple[Grain, nn.Module]] = []
-    small, record = pruned(dense, on_grain=lambda grain, model: left.append((grain, copy.deepcopy(model))))
+    for record, small in grains(dense, TRAIN, VAL, **GIVEN):
+        left += [(grain, copy.deepcopy(small)) for grain in record.grains[-1:]]
     return small, record, left
 
 
@@ -183,6 +186,37 @@ def test_channels_go_by_standard_deviations_all_layers_together() -> None:
     } == set(gone)
 
 
+def test_dead_channels_go_together_though_they_are_more_than_the_share() -> None:
+    model = network(20, 10)
+    with torch.no_grad():
+        for norm in (model.get_submodule("1"), model.get_submodule("4")):
+            norm.bias[:6], norm.weight[:6] = -1.0, 0.0
+    program = pl.trace(model, VAL.tensors[0][:2])
+    # In one of the layers they are further below the mean than in the other.
+    ((name, kept),) = lowest_channels(program, TRAIN, "mean_activation", 0.1).kept.items()
+    assert kept == tuple(range(6, program.layer(name).channels))
+    # No layer can tell its channels apart: nothing goes.
+    with torch.no_grad():
+        for norm in (model.get_submodule("1"), model.get_submodule("4")):
+            norm.bias[:], norm.weight[:] = -1.0, 0.0
+    assert not lowest_channels(pl.trace(model, VAL.tensors[0][:2]), TRAIN, "mean_activation", 0.1).kept
+
+
+def test_norms_of_several_dimensions_and_scales_of_layers_lose_no_weight() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.out = nn.Conv2d(3, 6, 3), nn.LayerNorm([6, 4, 4]), nn.Linear(6, 4)
+            self.scale = nn.Parameter(torch.full((6, 1, 1), 1e-4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.out((self.scale * self.norm(self.conv(x))).mean((2, 3)))
+            return found
+
+    program = pl.trace(Scaled().eval(), torch.randn(2, 3, 6, 6))
+    assert smallest_weights(program, {}, 0.5).keys() == {"conv.weight", "out.weight"}
+
+
 def test_weights_go_by_magnitude_over_all_layers(dense: nn.Module) -> None:
     program = pl.trace(dense, VAL.tensors[0][:2])
     masks = smallest_weights(program, {}, 0.4)
@@ -252,7 +286,8 @@ def test_each_grain_can_have_a_recovery_of_its_own_and_no_two_trainings_see_the_
     assert len(set(firsts)) == len(firsts) > 2
 
 
-def test_broken_off_it_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_broken_off_it_goes_on_where_it_was(tmp_path: Path, how: str) -> None:
     model, settings = network(6, 10), {"stops": {"channel": (1.5,), "weight": (3.0,)}}
     expected, wanted = pruned(model, **settings)
     steps: list[str] = []
@@ -260,13 +295,15 @@ def test_broken_off_it_goes_on_where_it_was(tmp_path: Path) -> None:
     def counted(done: int, total: int | None, what: str) -> None:
         steps.append(what)
 
-    def broken(done: int, total: int | None, what: str) -> None:
+    def broken(done: int, total: int | None, what: str) -> bool:
         steps.append(what)
-        if len(steps) == 30:
+        if len(steps) == 30 and how == "killed":
             raise KeyboardInterrupt
+        return len(steps) != 30
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt if how == "killed" else Stopped):
         pruned(model, **settings, folder=tmp_path, progress=broken)
+    assert len(steps) == 30
     steps.clear()
     found, record = pruned(model, **settings, folder=tmp_path, progress=counted)
     assert record.grains == wanted.grains
@@ -293,6 +330,7 @@ def test_the_table_names_grains_and_sizes(whole: Whole) -> None:
         ({"repair": {"weight": "none"}}, "'block' has no repair"),
         ({"repair": {**dict.fromkeys(GRAINS, "none"), "weight": "lest-squares"}}, "no repair 'lest-squares'"),
         ({"score": "lamb"}, "no score of weights 'lamb'"),
+        ({"criterion": "l3"}, "no criterion 'l3'"),
         ({"recovery": pl.Recipe(masks={"0.weight": torch.ones(1)})}, "the grain 'weight' makes them"),
     ],
 )
@@ -305,3 +343,13 @@ def test_the_reproduction_of_the_small_network_runs(tmp_path: Path) -> None:
     written = reproduce("multi-grain-small", tmp_path, seeds=1, out=tmp_path, short=True, say=lambda line: None)
     text = written.read_text(encoding="utf-8")
     assert all(point in text for point in ("after layers", "after channels", "10×", "20×"))
+
+
+def test_half_of_the_images_are_mixed_and_none_is_more_another_than_itself() -> None:
+    # Image i holds 2 to the power of i: whatever was mixed can be read off.
+    images = (2.0 ** torch.arange(40)).double().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    found = torch.cat([_Mixed()(images, torch.Generator().manual_seed(seed)) for seed in range(20)])
+    whole = images.repeat(20, 1, 1, 1)
+    assert (found >= whole / 2).all()
+    assert 0.4 < (found == whole).all(dim=(1, 2, 3)).double().mean() < 0.6
+    assert (found.amax((1, 2, 3)) == found.amin((1, 2, 3))).all()

@@ -119,8 +119,8 @@ def test_retraining_starts_from_the_surviving_weights_and_brings_accuracy_back()
     few, val = train.subset(600), test.subset(200)
     pl.finetune(model, few, val, epochs=4, lr=0.05, progress=False)
     before = copy.deepcopy(model.state_dict())
-    small, rounds = network_trimming(model, few, val, first_lr=0.05, rounds=2, epochs=1, drop=1.0)
-    assert all(found.after >= found.before for found in rounds)
+    small, rounds = network_trimming(model, few, val, first_lr=0.2, rounds=2, epochs=2, drop=1.0, std=0.0)
+    assert all(found.after > found.before for found in rounds)
     assert rounds[-1].params == sum(p.numel() for p in small.parameters()) < 431_080
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -140,6 +140,24 @@ def test_a_network_with_nothing_to_trim_is_refused() -> None:
         list(trimmings(network(), data(seed=1), data(), layers=["out"], **SETTINGS))
 
 
+def test_a_layer_that_is_not_there_is_told() -> None:
+    with pytest.raises(PruneLabError, match="no layer 'secnd'"):
+        list(trimmings(network(), data(seed=1), data(), layers=["third", "secnd"], **SETTINGS))
+
+
+def test_a_layer_down_to_one_neuron_is_left_alone_and_the_others_go_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 3)).double().eval()
+    with torch.no_grad():
+        model.get_parameter("0.bias")[0] -= 20.0
+        model.get_parameter("2.bias")[:4] -= 20.0
+    settings = {**SETTINGS, "std": 0.5, "begin_with": 1, "layers": ["0", "2"]}
+    small, rounds = network_trimming(model, data(seed=1), data(), **settings)
+    assert small.get_parameter("0.weight").shape == (1, 6)
+    assert rounds[0].plan.settings.keys() == {"0"}
+    assert any("2" in found.plan.settings for found in rounds[1:])
+
+
 def test_widths_keep_the_neurons_of_the_lowest_apoz() -> None:
     model, val = network(third=4), data()
     program = pl.trace(model, val.tensors[0][:2])
@@ -151,6 +169,23 @@ def test_widths_keep_the_neurons_of_the_lowest_apoz() -> None:
     assert mean_apoz(program, zeros, "third") == pytest.approx(by_hand.mean())
     with pytest.raises(PruneLabError, match="'third' has 20 channels: it cannot be left with 21"):
         to_widths(program, {"third": 21})
+
+
+def test_new_weights_are_new_in_attention_too_and_what_cannot_be_made_anew_is_told() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    torch.manual_seed(1)
+    default_weights(model)
+    after = model.state_dict()
+    assert all(float((after[name] - tensor).abs().max()) < 1.0 for name, tensor in before.items())
+    assert torch.equal(after["self_attn.out_proj.bias"], torch.zeros(8))
+    model.token = nn.Parameter(torch.zeros(8))
+    with pytest.raises(PruneLabError, match=r"holds the parameter 'token'.*reset_parameters"):
+        default_weights(model)
 
 
 @pytest.mark.parametrize("weights", [default_weights, he_weights])

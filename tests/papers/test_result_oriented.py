@@ -12,11 +12,13 @@ from prunelab import datasets, zoo
 from prunelab.criteria.measuring import profile_for
 from prunelab.criteria.registry import scores
 from prunelab.datasets import ImageSet
+from prunelab.papers import result_oriented as module
 from prunelab.papers.evidence import Measure, Run
 from prunelab.papers.experiments import resnet56_cifar
 from prunelab.papers.experiments.five_methods_figure import draw
 from prunelab.papers.reproduce import Task, reproduce
 from prunelab.papers.result_oriented import Decided, result_oriented
+from prunelab.progress import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,21 @@ def test_fine_tuning_follows_the_decision(data: tuple[ImageSet, ImageSet]) -> No
     small, found = decided(data, flops=0.3, repair="none", epochs=1, lr=0.02)
     assert found.table is not None
     assert list(found.table.index) == [0, 1]
-    assert found.table.accuracy.max() >= found.table.accuracy[0]
+    assert found.table.accuracy.max() > found.table.accuracy[0]
     assert pl.cost(pl.trace(small, data[1].images[:2])).flops == found.best.found.flops
+
+
+def test_settings_are_told_before_the_search_and_a_stop_of_fine_tuning_is_heard(
+    data: tuple[ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "best_plan", lambda *args, **settings: searches.append("began"))
+        with pytest.raises(pl.PruneLabError, match="no setting 'epoch'"):
+            decided(data, flops=0.5, epoch=3)
+    assert searches == []
+    with pytest.raises(Stopped):
+        decided(data, flops=0.3, repair="none", epochs=2, progress=lambda done, total, what: "epoch" not in what)
 
 
 # The reproduction ---------------------------------------------

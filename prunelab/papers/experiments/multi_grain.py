@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from prunelab import zoo
 from prunelab.papers.evidence import Measure, measured
 from prunelab.papers.experiments import sources
-from prunelab.papers.multi_grain import GRAINS, multi_grain
-from prunelab.papers.multi_grain_record import Grain
+from prunelab.papers.multi_grain import GRAINS, grains
 from prunelab.papers.reproduce import Reproduction, Task
 from prunelab.program.guard import random_kept
 from prunelab.train.augment import Augment
@@ -44,25 +43,12 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
     yield measured(dense, test, point="dense", method="unpruned", stage="dense")
     points = {grain: [f"{stop:g}×" for stop in stops] for grain, stops in setting.stops.items() if grain == "weight"}
     against = None if task.short else dense
-    found: list[Measure] = []
-
-    def measure(grain: Grain, model: nn.Module) -> None:
-        names = points.get(grain.name)
-        point = names.pop(0) if names else f"after {grain.name}s"
-        task.say(
-            f"  {point}: {len(grain.kept)} of {len(grain.cuts)} cuts kept, validation {100 * grain.accuracy:.2f} %"
-        )
-        # A grain that the network does not offer has left it as it was.
-        if grain.kept:
-            note = "" if grain.name == "weight" else ", ".join(cut.what for cut in grain.kept)
-            method = "multi-grain"
-            found.append(measured(model, test, point=point, method=method, stage="trained", dense=against, note=note))
 
     def seeded(recipes: Mapping[str, Recipe]) -> Mapping[str, Recipe]:
         common: Mapping[str, Any] = {"seed": task.seed, "teacher": dense} | ({"epochs": 1} if task.short else {})
         return {grain: replace(recipe, **common) for grain, recipe in recipes.items()}
 
-    multi_grain(
+    done = grains(
         dense,
         train,
         val,
@@ -74,11 +60,17 @@ def _pruned(task: Task, dense: nn.Module, sets: sources.Sets, setting: _Setting)
         repair=_REPAIR,
         recovery=seeded(setting.recovery),
         finetuning=seeded(setting.finetuning),
-        on_grain=measure,
         folder=task.work / "multi-grain",
         progress=False,
     )
-    yield from found
+    for record, model in done:
+        grain = record.grains[-1] if record.grains else None
+        # A grain that the network does not offer has left it as it was.
+        if grain is not None and grain.kept:
+            note = "" if grain.name == "weight" else ", ".join(cut.what for cut in grain.kept)
+            names = points.get(grain.name)
+            point = names.pop(0) if names else f"after {grain.name}s"
+            yield measured(model, test, point=point, method="multi-grain", stage="trained", dense=against, note=note)
 
 
 @dataclass(frozen=True)
