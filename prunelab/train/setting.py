@@ -34,7 +34,7 @@ class Shell(nn.Module):
 def best_precision() -> str:
     """What this machine trains fastest in, and safely: bfloat16 where it has it, float16 on older GPUs.
 
-    On a CPU with AVX512-BF16 bfloat16 takes a little over half the time of float32.
+    On a CPU with AMX bfloat16 takes a little over half the time of float32.
     """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
