@@ -156,13 +156,19 @@ class TrainView:
         try:
             training.run(look=lambda: self._look(training.course))
         except Exception as error:
-            self._end(_FAILED)
-            self._explorer._failed(error)
+            if training.gained:
+                self._hand_over(training, error)
+            else:
+                self._end(_FAILED)
+                self._explorer._failed(error)
         else:
-            self.stop.disabled = True
-            self._say("taking the trained network over", 1.0)
-            self._explorer._later("taking the trained network over", lambda: self._take(training))
+            self._hand_over(training)
         self.draw()
+
+    def _hand_over(self, training: Training, error: Exception | None = None) -> None:
+        self.stop.disabled = True
+        self._say("taking the trained network over", 1.0)
+        self._explorer._later("taking the trained network over", lambda: self._take(training, error))
 
     def _look(self, course: Course) -> bool:
         """Say and draw how it goes, not too often; gives whether to go on."""
@@ -176,23 +182,32 @@ class TrainView:
             self._next_drawing = max(_DRAW_EVERY, (self._drawn - now) / _DRAWING_SHARE)
         return not self._stop.is_set()
 
-    def _take(self, training: Training) -> str:
-        """Make what came out the current network, on the worker; gives a sentence about it."""
+    def _take(self, training: Training, error: Exception | None) -> str:
+        """Make what came out the current network, on the worker; gives a sentence about it.
+
+        Raises:
+            Exception: the one that ended the training, once what it had gained is kept.
+        """
         try:
-            said, more = self._outcome(training)
+            said, more = self._outcome(training, failed=error is not None)
         except Exception:
             self._end(_FAILED)
             raise
         self._end(f"{said} {more}")
+        if error is not None:
+            raise error
         return said
 
-    def _outcome(self, training: Training) -> tuple[str, str]:
+    def _outcome(self, training: Training, failed: bool) -> tuple[str, str]:
         """What came out, in a sentence, and what else there is to know."""
         course = training.course
-        word = "Stopped" if self._stop.is_set() else "Fine-tuned" if course.kind == "finetune" else "Squeezed"
+        done = "Fine-tuned" if course.kind == "finetune" else "Squeezed"
+        word = "Failed" if failed else "Stopped" if self._stop.is_set() else done
         epochs = max(len(course.rows) - 1, 0)
         if not training.changed:
             why = "no epoch was better than the beginning" if epochs else "no epoch was finished"
+            if epochs and not course.losses:
+                why = "the run in this folder is complete, and another folder, or none, trains further"
             return f"{word}: {why}, so the network stays as it was.", ""
         self._lab.enter(training, keep_plan=True)
         change = f"accuracy {course.rows[0].accuracy:.2%} → {course.kept.accuracy:.2%}"

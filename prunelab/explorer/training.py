@@ -185,6 +185,11 @@ class Training:
         before, now = state_tensors(self.stage.program.model), state_tensors(self.model)
         return any(not torch.equal(tensor, before[name]) for name, tensor in now.items())
 
+    @property
+    def gained(self) -> bool:
+        """Whether there is something to keep of a training that failed: an epoch that was better than none."""
+        return self.course.kind == "finetune" and self.changed
+
     def plan(self, old: Plan) -> Plan | None:
         """The plan for the network that came out, in the place of an old one; None where there is no other."""
         if self.squeezed is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -57,17 +58,16 @@ class Worker:
         with self._wake:
             return self._wake.wait_for(lambda: not (self._busy or self._jobs or self._quick), timeout)
 
-    def end(self) -> None:
-        """Give up what waits, stop what runs, and wait for it, some seconds at most; no other work is taken up."""
+    def end(self) -> threading.Thread | None:
+        """Give up what waits, ask what runs to end, and take up no other work; gives the thread, if one runs."""
         with self._wake:
             self._serial += 1
             self._quick, self._ended = None, True
             self._jobs.clear()
             thread = self._thread
             self._wake.notify_all()
-        if thread is not None:
-            self._stop()
-            thread.join(_LAST_WAIT)
+        self._stop()
+        return thread
 
     def _start(self) -> None:
         if self._ended:
@@ -106,5 +106,9 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 @atexit.register
 def _end_all() -> None:
     """A thread that is inside PyTorch when the interpreter ends would end the process with an abort."""
-    for worker in list(_workers):
-        worker.end()
+    # All are asked before one is waited for: what ends may ask another one for work.
+    ending = [worker.end() for worker in list(_workers)]
+    give_up = time.monotonic() + _LAST_WAIT
+    for thread in ending:
+        if thread is not None:
+            thread.join(max(give_up - time.monotonic(), 0.0))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from torch import Tensor
 
 import prunelab as pl
@@ -79,6 +80,7 @@ def test_a_newer_request_stops_the_running_one_before_its_next_batch() -> None:
 
 
 ENDING = """
+import pytest
 import torch
 from prunelab.explorer.worker import Worker
 
@@ -93,7 +95,33 @@ while not all(worker._busy for worker in workers):
     pass
 """
 
+# A training that is asked to end hands over to another worker, which would take longer than the end waits.
+HANDING_OVER = """
+import threading
+import time
+import torch
+from prunelab.explorer.worker import Worker
 
-def test_the_interpreter_ends_while_estimates_run() -> None:
-    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120, check=False)
+def long():
+    began = time.monotonic()
+    while time.monotonic() < began + 100:
+        torch.randn(64, 64) @ torch.randn(64, 64)
+
+def train(stop, other):
+    while not stop.is_set():
+        torch.randn(64, 64) @ torch.randn(64, 64)
+    other.job(long)
+
+pairs = []
+for _ in range(4):  # which of the workers is asked first is chance
+    stop = threading.Event()
+    trains, other = Worker(print, stop.set), Worker(print)
+    trains.job(lambda stop=stop, other=other: train(stop, other))
+    pairs.append((trains, other))
+"""
+
+
+@pytest.mark.parametrize("script", [ENDING, HANDING_OVER])
+def test_the_interpreter_ends_while_work_runs(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -264,6 +264,40 @@ def test_an_error_is_said_and_leaves_everything_as_it_was(explorer: Explorer) ->
     assert explorer.desk.status["error"] == ""
 
 
+def test_what_was_gained_before_an_error_is_kept(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, view = explorer.lab, explorer._training
+    lab.set_all(ratio=0.5)
+    lab.commit()
+    cut = lab.model
+    explorer._show_network()
+    view.lr.value = 0.02
+    course = begin(explorer, 1000)
+    until(lambda: len(course.rows) > 3)
+
+    def full(*_: object) -> None:
+        raise pl.PruneLabError("no room is left")
+
+    monkeypatch.setattr(Training, "step", full)
+    assert view.wait(60)
+    assert explorer.desk.status["error"] == "no room is left"
+    assert "Failed: accuracy" in view._text.value
+    assert lab.model is not cut
+    assert [row["channels"] for row in explorer.desk.rows] == [layer.channels for layer in lab.program.layers]
+    assert lab.measure().accuracy == pytest.approx(course.kept.accuracy)
+    lab.undo()
+    assert lab.model is cut
+
+
+def test_a_run_that_is_complete_is_called_so(explorer: Explorer, tmp_path: Path) -> None:
+    view = explorer._training
+    view.folder.value, view.lr.value = str(tmp_path / "run"), 0.001
+    for said in ("", "the run in this folder is complete"):
+        view.epochs.value = 1
+        view.finetune.click()
+        assert view.wait(60)
+        assert said in explorer.desk.status["text"]
+
+
 def test_a_checkpoint_folder_goes_on_where_it_was(explorer: Explorer, tmp_path: Path) -> None:
     view = explorer._training
     view.folder.value = str(tmp_path / "run")
