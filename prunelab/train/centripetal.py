@@ -75,10 +75,18 @@ class Centripetal:
             )
             for (shape, dim, dtype), group in groups.items()
         ]
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Have every step of an optimizer begin with this: it sees gradients as they are then, unscaled."""
-        return optimizer.register_step_pre_hook(lambda *_: self.apply())
+        hook = optimizer.register_step_pre_hook(lambda *_: self.apply())
+        self._hooks.append(hook)
+        return hook
+
+    def detach(self) -> None:
+        """Leave all optimizers' steps as they were before :meth:`attach`."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @torch.no_grad()
     def apply(self) -> None:

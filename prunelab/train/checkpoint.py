@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
 from prunelab.errors import PruneLabError
-from prunelab.profile.store import digest_data, digest_tensor
+from prunelab.profile.store import digest_data
 from prunelab.program.guard import random_kept
-from prunelab.program.trace import state_tensors
 from prunelab.saving import Record, delete_others, read_folder, write_folder
 from prunelab.train.chance import seed_all
 from prunelab.train.recipe import Recipe
+from prunelab.train.words import Words, digest_of, network_in_words
 
 NAME = "training"
 
@@ -39,25 +37,16 @@ class Identity:
 
 def identity(model: nn.Module, train: Any, val: Any, recipe: Recipe) -> Identity:
     """The identity of a run that is about to begin. Data is told apart as profiles tell it apart."""
-    shapes = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in state_tensors(model).items()]
+    words = Words(model)
     return Identity(
         {
-            "network": f"{type(model).__name__} {hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest()}",
+            "network": network_in_words(model),
             "training set": _data(train),
             "validation set": _data(val),
-            **{each.name: _said(getattr(recipe, each.name)) for each in fields(recipe)},
+            **{each.name: words.of(getattr(recipe, each.name)) for each in fields(recipe)},
         },
         digest_of(model),
     )
-
-
-def digest_of(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """A name for a network's weights and buffers."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for name, tensor in (state_tensors(model) if isinstance(model, nn.Module) else model).items():
-        hasher.update(name.encode())
-        digest_tensor(hasher, tensor)
-    return hasher.hexdigest()
 
 
 def _data(data: Any) -> str:
@@ -70,15 +59,19 @@ def _data(data: Any) -> str:
         return digest_data(data)
 
 
-def _said(value: Any) -> str:
-    """A setting in words that are the same in another process."""
-    if isinstance(value, nn.Module):
-        return f"{type(value).__name__} {digest_of(value)}"
-    if isinstance(value, Mapping):
-        return digest_of(value) if value else "none"
-    if value is None or isinstance(value, bool | int | float | str | Optimizer) or is_dataclass(value):
-        return repr(value)
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What tells facts from those of before, or ""."""
+    return next(
+        (f"{name} was {before.get(name)}, and is {now[name]}" for name in now if before.get(name) != now[name]), ""
+    )
+
+
+def of_another_run(folder: Path, reason: str) -> PruneLabError:
+    """The error for whoever comes with something else to a folder that has a checkpoint."""
+    return PruneLabError(
+        f"The checkpoint in {folder} is of another run: {reason}. Nothing was changed; give this run a folder of its "
+        "own."
+    )
 
 
 class Checkpoints:
@@ -102,10 +95,7 @@ class Checkpoints:
         tensors, record = read_folder(self.folder, NAME)
         reason = self._other(record)
         if reason:
-            raise PruneLabError(
-                f"The checkpoint in {self.folder} is of another run: {reason}. Nothing was changed; give this run a "
-                "folder of its own."
-            )
+            raise of_another_run(self.folder, reason)
         # Not those that it goes on with now: whoever has the first ones may go on as well.
         self._first_weights = record["weights"][0]
         # A run that is complete writes no further one, which would clear up; another may be writing one just now.
@@ -116,11 +106,8 @@ class Checkpoints:
 
     def _other(self, record: Record) -> str:
         """What tells the run in the folder from this one, or ""."""
-        facts = record["run"]
-        for name, now in self.run.facts.items():
-            if facts.get(name) != now:
-                return f"{name} was {facts.get(name)}, and is {now}"
-        return "" if self.run.weights in record["weights"] else "it began with other weights"
+        other = difference(record["run"], self.run.facts)
+        return other or ("" if self.run.weights in record["weights"] else "it began with other weights")
 
     def write(self, tensors: Mapping[str, Tensor], record: Record, left: str) -> None:
         """Put a checkpoint in the place of the last one, in one step.

@@ -5,8 +5,11 @@ Ding et al. 2019, arXiv 1904.03837; Hao et al. 2023, doi 10.1109/TNNLS.2023.3298
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.optim import SGD, Optimizer
 
 from prunelab.commit import commit
 from prunelab.errors import PruneLabError
+from prunelab.files import replacing
 from prunelab.preview import labelled
 from prunelab.profile.batches import batches
 from prunelab.program.guard import random_kept
@@ -22,9 +26,12 @@ from prunelab.program.program import Program, trace
 from prunelab.program.run import bind
 from prunelab.repair import repair
 from prunelab.train.centripetal import Centripetal
+from prunelab.train.checkpoint import NAME, difference, of_another_run
 from prunelab.train.clusters import Clusters, clusters
 from prunelab.train.finetune import finetune
 from prunelab.train.recipe import Recipe
+from prunelab.train.setting import as_it_was
+from prunelab.train.words import Words, network_in_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,6 +101,9 @@ def csgd(
 ) -> Squeezed:
     """Train a network in place so that filters become equal in clusters.
 
+    With a ``folder`` the clusters are kept in it, beside the checkpoint: a squeeze that goes on from there goes on with
+    them, since k-means would find others in weights that are half squeezed.
+
     Args:
         model: the network; its weights change, its structure does not: :meth:`Squeezed.trimmed` gives the small one.
         train, val: as for :func:`prunelab.finetune`.
@@ -106,23 +116,34 @@ def csgd(
             whose weight decay leaves biases and norms alone, as in the paper's code.
 
     Raises:
-        PruneLabError: as :func:`prunelab.finetune` and :func:`prunelab.train.clusters.clusters`; nothing to squeeze.
+        PruneLabError: as :func:`prunelab.finetune` and :func:`prunelab.train.clusters.clusters`; nothing to squeeze;
+            the folder holds the checkpoint of a squeeze to other widths, or clusters that cannot be read.
     """
     own = ("folder", "every", "progress", "on_epoch", "watch")
     given = {name: settings.pop(name) for name in own if name in settings}
     how_to = Recipe.chosen(recipe, settings if recipe is not None else {"lr": 0.03, **settings})
     images, _ = labelled(val, 64)
     program = trace(model, images[:2])
-    chosen = widths if isinstance(widths, Clusters) else clusters(program, widths, how=how, seed=how_to.seed)
+    folder = None if given.get("folder") is None else Path(given["folder"])
+    asked = {"network": network_in_words(model), "widths": Words(model).short(widths), "how": how}
+    chosen = _read_clusters(folder, asked)
+    if chosen is None:
+        chosen = widths if isinstance(widths, Clusters) else clusters(program, widths, how=how, seed=how_to.seed)
     if not chosen.of:
         raise PruneLabError("There is nothing to squeeze: no layer is to lose a channel.")
+    _write_clusters(folder, asked, chosen)
     steps = how_to.epochs * (batches(train, how_to.batch_size)[1] or 0)
     rates = how_to.lr * sum(how_to.factor(step, steps) for step in range(steps))
     strength = pull if pull is not None else pull_for(max(rates, 1e-12), decay=how_to.weight_decay)
     centripetal = Centripetal(program, chosen, pull=strength, vector_pull=vector_pull)
-    make = how_to.optimizer or (lambda parameters: _sgd(parameters, how_to))
-    how_to = replace(how_to, optimizer=_attached(make, centripetal), keep="last")
-    table = finetune(model, train, val, recipe=how_to, **given)
+    make = how_to.optimizer or partial(_sgd, lr=how_to.lr, weight_decay=how_to.weight_decay)
+    # Another machine's cosines may differ in the last digit.
+    squeezing = Squeezing(make, chosen.of, float(f"{strength:.9g}"), float(vector_pull), centripetal)
+    try:
+        with as_it_was(model, make):
+            table = finetune(model, train, val, recipe=replace(how_to, optimizer=squeezing, keep="last"), **given)
+    finally:
+        centripetal.detach()
     found = departure(program, chosen, images)
     return Squeezed(program, chosen, table, strength, centripetal.spread(), found)
 
@@ -165,21 +186,77 @@ def squeeze_to(
     return csgd(wide, train, val, targets, **settings)
 
 
-def _sgd(parameters: list[nn.Parameter], recipe: Recipe) -> Optimizer:
+@dataclass(frozen=True)
+class Squeezing:
+    """Makes the optimizer of a squeeze; a checkpoint is of another squeeze where what equality goes by is another.
+
+    Attributes:
+        make: makes the optimizer of the training, or is it.
+        clusters: by layer, the number of every channel's cluster.
+        pull, vector_pull: as :class:`prunelab.train.centripetal.Centripetal` has them.
+        centripetal: what changes the gradients; it follows from the others.
+    """
+
+    make: Callable[[list[nn.Parameter]], Optimizer] | Optimizer
+    clusters: Mapping[str, tuple[int, ...]]
+    pull: float
+    vector_pull: float
+    centripetal: Centripetal = field(compare=False)
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """The optimizer, whose steps begin with the squeeze."""
+        optimizer = self.make if isinstance(self.make, Optimizer) else self.make(parameters)
+        self.centripetal.attach(optimizer)
+        return optimizer
+
+
+def _sgd(parameters: list[nn.Parameter], *, lr: float, weight_decay: float) -> Optimizer:
     vectors = [p for p in parameters if p.dim() < 2]
     others = [p for p in parameters if p.dim() >= 2]
-    groups = [{"params": others, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return SGD([group for group in groups if group["params"]], recipe.lr, momentum=0.9, nesterov=True, foreach=True)
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return SGD([group for group in groups if group["params"]], lr, momentum=0.9, nesterov=True, foreach=True)
 
 
-def _attached(make: Any, centripetal: Centripetal) -> Any:
-    if isinstance(make, Optimizer):
-        centripetal.attach(make)
-        return make
+# The clusters of the run that a folder holds ---------------------------------------------
 
-    def optimizer(parameters: list[nn.Parameter]) -> Optimizer:
-        chosen: Optimizer = make(parameters)
-        centripetal.attach(chosen)
-        return chosen
+_CLUSTERS = "clusters.json"
 
-    return optimizer
+
+def _read_clusters(folder: Path | None, asked: Mapping[str, str]) -> Clusters | None:
+    """Those that the run in a folder began with; None where there is no checkpoint, or it is not a squeeze's.
+
+    Whether that run is this one, its checkpoint decides.
+
+    Raises:
+        PruneLabError: something else was asked for then, or the file is damaged.
+    """
+    if folder is None or not (folder / f"{NAME}.json").exists() or not (folder / _CLUSTERS).exists():
+        return None
+    try:
+        held = json.loads((folder / _CLUSTERS).read_text(encoding="utf-8"))
+        before, found = dict(held["asked"]), Clusters.from_json(held["clusters"])
+    except (OSError, ValueError, KeyError, TypeError, PruneLabError) as error:
+        raise PruneLabError(
+            f"The clusters of the squeeze in {folder} cannot be read from {_CLUSTERS} ({error}): give this run a "
+            "folder of its own."
+        ) from error
+    other = difference(before, asked)
+    if other:
+        raise of_another_run(folder, other)
+    return found
+
+
+def _write_clusters(folder: Path | None, asked: Mapping[str, str], chosen: Clusters) -> None:
+    """Keep the clusters of a run that begins; those beside a checkpoint are its own, and stay.
+
+    Raises:
+        PruneLabError: the folder cannot be written.
+    """
+    if folder is None or (folder / f"{NAME}.json").exists():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / _CLUSTERS) as beside:
+            beside.write_text(json.dumps({"asked": dict(asked), "clusters": chosen.to_json()}), encoding="utf-8")
+    except OSError as error:
+        raise PruneLabError(f"The clusters cannot be written to {folder}: {error}.") from error

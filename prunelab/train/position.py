@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from prunelab.program.trace import state_tensors
-from prunelab.train.checkpoint import digest_of
+from prunelab.train.words import digest_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +149,117 @@ def test_a_run_sized_by_the_rule_is_trimmed_without_loss(
         # Adam's own scaling of gradients lets members differ a little longer; they do come together.
         start = Centripetal(pl.trace(network(), torch.randn(2, 1, 10, 10)), squeezed.clusters, pull=1.0).spread()
         assert squeezed.spread < start / 5
+
+
+def asked_to_stop_after(steps: int) -> Callable[..., bool]:
+    calls = iter(range(steps - 1))
+    return lambda *_: next(calls, None) is not None
+
+
+SHORT: dict[str, Any] = {"epochs": 2, "lr": 0.05, "batch_size": 16, "progress": False}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        ({"widths": 0.75}, {"widths": 0.25}, "widths was 0.75, and is 0.25"),
+        ({"widths": 0.5}, {"widths": 0.5, "how": "even"}, "how was kmeans, and is even"),
+        ({"pull": 0.5}, {"pull": 0.25}, r"optimizer was Squeezing\(.*pull=0.5, .*, and is .*pull=0.25, "),
+        ({"vector_pull": 1.0}, {"vector_pull": 0.1}, "optimizer was .*vector_pull=1.0.*vector_pull=0.1"),
+        ({"optimizer": torch.optim.SGD}, {"optimizer": torch.optim.Adam}, "optimizer was .*SGD.* and is .*Adam"),
+    ],
+)
+def test_a_folder_of_another_squeeze_is_refused_and_not_touched(
+    data: tuple[TensorDataset, TensorDataset], tmp_path: Path, first: dict[str, Any], then: dict[str, Any], said: str
+) -> None:
+    model = network()
+    csgd(model, *data, **{"widths": 0.5, **SHORT, **first}, folder=tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for each in (model, network()):
+        weights = [t.clone() for t in each.state_dict().values()]
+        with pytest.raises(pl.PruneLabError, match=f"of another run: {said}"):
+            csgd(each, *data, **{"widths": 0.5, **SHORT, **then}, folder=tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(weights, each.state_dict().values(), strict=True))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_other_clusters_other_networks_and_other_trainings_are_refused_too(
+    data: tuple[TensorDataset, TensorDataset], tmp_path: Path
+) -> None:
+    given = Clusters({"0": (0, 0, 2, 2, 4, 4, 6, 6)}), Clusters({"0": (0, 1, 0, 1, 4, 4, 6, 6)})
+    csgd(network(), *data, given[0], folder=tmp_path / "given", **SHORT)
+    with pytest.raises(pl.PruneLabError, match="of another run: widths was Clusters"):
+        csgd(network(), *data, given[1], folder=tmp_path / "given", **SHORT)
+    # Where nothing says what was asked for then, the clusters themselves tell.
+    (tmp_path / "given" / "clusters.json").unlink()
+    with pytest.raises(pl.PruneLabError, match=r"of another run: optimizer was Squeezing\("):
+        csgd(network(), *data, given[1], folder=tmp_path / "given", **SHORT)
+    csgd(network(), *data, 0.5, folder=tmp_path, **SHORT)
+    with pytest.raises(pl.PruneLabError, match="of another run: network was Sequential"):
+        csgd(network(2.0), *data, 0.5, folder=tmp_path, **SHORT)
+    pl.finetune(network(), *data, folder=tmp_path / "plain", **SHORT)
+    with pytest.raises(pl.PruneLabError, match="of another run: "):
+        csgd(network(), *data, 0.5, folder=tmp_path / "plain", **SHORT)
+    assert not (tmp_path / "plain" / "clusters.json").exists()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_squeeze_goes_on_with_its_own_clusters(
+    data: tuple[TensorDataset, TensorDataset], tmp_path: Path, anew: bool
+) -> None:
+    # No pull: the weights go where k-means finds other clusters.
+    settings = {**SHORT, "pull": 0.0, "lr": 0.3, "folder": tmp_path}
+    whole, model = network(), network()
+    expected = csgd(whole, *data, 0.5, **{**settings, "folder": None})
+    first = csgd(model, *data, 0.5, **{**settings, "progress": asked_to_stop_after(30)})
+    assert first.table.attrs["ended"].startswith("stopped in epoch 2")
+    assert clusters(pl.trace(model, data[1].tensors[0][:2]), 0.5) != first.clusters
+    found = csgd(network() if anew else model, *data, 0.5, **settings)
+    assert found.clusters == expected.clusters == first.clusters
+    trained = found.program.model.state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in whole.state_dict().items())
+    # Called again when all is done: no step, and the same clusters.
+    again = csgd(found.program.model, *data, 0.5, **{**settings, "progress": lambda *_: pytest.fail("a step")})
+    assert again.clusters == expected.clusters
+    assert again.departure == found.departure
+
+
+def test_clusters_that_cannot_be_read_or_written_are_said(
+    data: tuple[TensorDataset, TensorDataset], tmp_path: Path
+) -> None:
+    csgd(network(), *data, 0.5, folder=tmp_path, **SHORT)
+    held = json.loads((tmp_path / "clusters.json").read_text())
+    for damaged in ("{", "[]", json.dumps({**held, "clusters": "no"})):
+        (tmp_path / "clusters.json").write_text(damaged)
+        with pytest.raises(pl.PruneLabError, match=r"clusters of the squeeze in .* cannot be read from clusters.json"):
+            csgd(network(), *data, 0.5, folder=tmp_path, **SHORT)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pl.PruneLabError, match="clusters cannot be written to"):
+        csgd(network(), *data, 0.5, folder=tmp_path / "file" / "run", **SHORT)
+
+
+def test_clusters_that_a_killed_process_left_without_a_checkpoint_are_made_anew(
+    data: tuple[TensorDataset, TensorDataset], tmp_path: Path
+) -> None:
+    held = {"asked": {"widths": "0.9"}, "clusters": Clusters({"0": (0, 0, 0, 0, 0, 0, 0, 0)}).to_json()}
+    (tmp_path / "clusters.json").write_text(json.dumps(held))
+    found = csgd(network(), *data, 0.5, folder=tmp_path, **SHORT)
+    assert Clusters.from_json(json.loads((tmp_path / "clusters.json").read_text())["clusters"]) == found.clusters
+    assert [len(set(numbers)) for numbers in found.clusters.of.values()] == [4, 3]
+
+
+def test_an_optimizer_that_was_lent_is_given_back_as_it_was(
+    data: tuple[TensorDataset, TensorDataset], tmp_path: Path
+) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    settings = {**SHORT, "optimizer": optimizer, "folder": tmp_path}
+    csgd(model, *data, 0.5, pull=0.5, **settings)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert not optimizer._optimizer_step_pre_hooks
+    with pytest.raises(pl.PruneLabError, match=r"of another run: optimizer was .*pull=0.5, "):
+        csgd(model, *data, 0.5, pull=0.25, **settings)
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_a_recipe_and_settings_together_are_refused(data: tuple[TensorDataset, TensorDataset]) -> None:
