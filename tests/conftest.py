@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_APART] = apart = Path(tempfile.mkdtemp(prefix="prunelab-tests-"))
     os.environ["PRUNELAB_CACHE"] = str(apart / "cache")
     os.environ["MPLCONFIGDIR"] = str(apart / "matplotlib")
-    # Tiny networks are slower, not faster, on many threads.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Tiny networks are slower, not faster, on many threads; and sums by more threads differ in their last bits.
+    os.environ["OMP_NUM_THREADS"] = "1"
     profile = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "default")
     hypothesis.settings.load_profile(profile)
 
