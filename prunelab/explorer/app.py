@@ -23,6 +23,7 @@ from prunelab.explorer.desk import (
     figures_of,
     header_of,
     layers_of,
+    onto,
     plan_of,
     rows_of,
     terms_of,
@@ -39,6 +40,9 @@ from prunelab.picture import png
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.progress import Stopped
+
+NETWORKS = (".pt2", ".onnx", ".safetensors")
+"""How names of files end that hold a network."""
 
 # Two changes closer than this are one movement of the hand: one step of undo.
 _ONE_MOVEMENT = 1.0
@@ -78,6 +82,8 @@ class Explorer(w.VBox):
         self._worker = Worker(self._failed, self._stop.set)
         self._long = False
         self._last_edit = (0.0, "")
+        # Network and plan that the rows show: cells can change the lab without them.
+        self._shown = (lab.stage.program, lab.plan)
         self._seen = 0
         self._held: list[dict[str, Any]] = []
         self.desk = Desk()
@@ -202,6 +208,7 @@ class Explorer(w.VBox):
         self._after_edit()
 
     def _after_edit(self) -> None:
+        self._shown = (self.lab.stage.program, self.lab.plan)
         # With the revision, so that rows which were sent again are answered again, by equal figures too.
         self.desk.figures = {**figures_of(self.lab), "edits": self._seen, "revision": self.desk.revision}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
@@ -285,8 +292,13 @@ class Explorer(w.VBox):
             self._on_message(None, content, None)
 
     def _edit(self) -> None:
-        plan = plan_of(self.desk.layers, self.lab.plan)
-        old = self.lab.plan.settings
+        program, shown = self._shown
+        if program is not self.lab.stage.program:
+            self._show_network()
+            raise PruneLabError("The network was changed in a cell. The rows show it now; the last move was not made.")
+        plan = plan_of(self.desk.layers, shown)
+        elsewhere, old = self.lab.plan != shown, self.lab.plan.settings
+        plan = onto(self.lab.plan, shown, plan) if elsewhere else plan
         changed = str([(n, s.rule, s.grain, s.locked) for n, s in plan.settings.items() if s != old.get(n)])
         now = time.monotonic()
         merge = changed == self._last_edit[1] and now - self._last_edit[0] < _ONE_MOVEMENT
@@ -297,7 +309,10 @@ class Explorer(w.VBox):
         except PruneLabError:
             self._show_plan()
             raise
-        self._after_edit()
+        if elsewhere:
+            self._show_plan()
+        else:
+            self._after_edit()
 
     def _on_view(self, change: dict[str, Any]) -> None:
         def draw(wanted: Callable[[], bool]) -> None:
@@ -334,6 +349,7 @@ class Explorer(w.VBox):
         """A change of plan or network that did not start in the rows."""
         self._refuse_while_busy()
         before = (self.lab.program, self._choosing.chosen, self.lab.plan.multiple)
+        self._last_edit = (0.0, "")  # the next move is a step of its own
         action()
         if (self.lab.program, self._choosing.chosen, self.lab.plan.multiple) == before:
             self._show_plan()
@@ -379,9 +395,12 @@ class Explorer(w.VBox):
         except Exception:
             with self._lock:
                 self._enable(True)
+                # Whatever is current now; and the estimate that this work had stopped.
+                self._show_network()
             raise
         # Held until the rows are those of the new network: no edit of the old ones gets in between.
         with self._lock:
+            self._last_edit = (0.0, "")
             self._enable(True)
             self._show_network()
             self._say(done)
@@ -440,13 +459,22 @@ class Explorer(w.VBox):
         self._job("committing", work)
 
     def _on_stop(self) -> None:
+        if not self._long:
+            return  # it has ended while the click was on its way
         self._stop.set()
         self._say("stopping; what is done so far is kept", busy=True)
 
     # Files ---------------------------------------------
 
+    def _file(self) -> Path:
+        if not Path(self._path.value).name:
+            raise PruneLabError("Name a file in the field 'file' first.")
+        return Path(self._path.value)
+
     def _on_save(self) -> None:
-        target = Path(self._path.value)
+        target = self._file()
+        if target.suffix in NETWORKS:
+            raise PruneLabError(f"{target} is the name of a network's file: name one for the plan, such as plan.json.")
         try:
             with replacing(target) as beside:
                 beside.write_text(self.lab.plan.to_json())
@@ -455,7 +483,7 @@ class Explorer(w.VBox):
         self._say(f"The plan is in {target}.")
 
     def _on_load(self) -> None:
-        source = Path(self._path.value)
+        source = self._file()
         if not source.is_file():
             raise PruneLabError(f"There is no file {source}: name the plan to load in the field 'file'.")
         plan = Plan.from_json(source.read_text())
@@ -465,8 +493,8 @@ class Explorer(w.VBox):
     def _on_export(self) -> None:
         # torch.export changes how modules are called, for all threads.
         self._training.refuse("an export")
-        named = Path(self._path.value)
-        target = named if named.suffix in (".pt2", ".safetensors") else named.with_name("pruned.pt2")
+        named = self._file()
+        target = named if named.suffix in NETWORKS else named.with_name("pruned.pt2")
         self._say(f"The current network is in {self.lab.export(target)}.")
 
     def _on_python(self) -> None:

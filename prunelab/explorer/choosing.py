@@ -43,6 +43,7 @@ class Choosing:
         self._about = w.HTML(layout=w.Layout(flex="1 1 340px", min_width="0", margin="0 12px 0 90px"))
         flow = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start")
         self.line = w.Box([self._about, self.combine], layout=flow)
+        self._showing = False
         self.show()
         self.criterion.observe(self._on_criterion, "value")
         self.combine.observe(self._on_combine, "value")
@@ -61,15 +62,17 @@ class Choosing:
         """The plan's criterion, and what it computes."""
         name, combine = self.chosen
         if name not in self.criterion.options:
-            # Registered since, in another cell.
+            # Registered since, in another cell. New options choose the first of them for a moment.
+            self._showing = True
             self.criterion.options = criteria_names()
+            self._showing = False
         self.criterion.value, self.combine.value = name, combine
         about = html.escape(get(name).about.removesuffix("."))
         self._about.value = f'<div style="line-height: 1.4; padding: 5px 0">{about}</div>'
 
     def _on_criterion(self, change: dict[str, Any]) -> None:
         name, explorer = change["new"], self._explorer
-        if name == self._lab.plan.criterion:
+        if self._showing or name == self._lab.plan.criterion:
             return
         if get(name).missing(self._lab.profile):
             explorer._guard(lambda: explorer._job(f"measuring what {name} needs", lambda: self._measure(name)))

@@ -178,6 +178,16 @@ def plan_of(layers: dict[str, dict[str, Any]], old: Plan) -> Plan:
     return replace(old, settings=settings)
 
 
+def onto(now: Plan, before: Plan, after: Plan) -> Plan:
+    """A plan with the settings that were changed between two others, and its own where they were not."""
+    settings = dict(now.settings)
+    for name in before.settings.keys() | after.settings.keys():
+        setting = after.settings.get(name, Setting())
+        if setting != before.settings.get(name, Setting()):
+            settings[name] = setting
+    return replace(now, settings={name: setting for name, setting in settings.items() if setting != Setting()})
+
+
 def figures_of(lab: Lab) -> dict[str, int]:
     """Cost of the plan and of the current network."""
     now, dense = lab.cost(), lab.dense_cost()

@@ -41,6 +41,7 @@ from prunelab.train.keeping import Kept, read_lab, write_lab
 from prunelab.train.position import Epoch
 from prunelab.train.recipe import Recipe
 from prunelab.train.runfile import RunFile
+from prunelab.train.words import digest_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +124,7 @@ class Lab(Planning):
         if len(frame):
             frame.insert(2, "compression", self._began["params"] / frame["nonzero"])
             frame.insert(4, "speedup", self._began["flops"] / frame["flops"].clip(lower=1))
-            frame = frame.join(columns([self._timed.get(point.plan) for point in self._points]))
+            frame = frame.drop(columns="weights").join(columns([self._timed.get(p.plan) for p in self._points]))
         return frame
 
     @property
@@ -253,7 +254,10 @@ class Lab(Planning):
         # If it has, this accuracy is not that of the plan that is here now. And an estimate that was given up half-way
         # is not worth a point.
         if self._now is now and found.n == min(n or len(self._labels), len(self._labels)):
-            self._add_measured(found)
+            if removes_anything(stage.program, selection):
+                self._add("plan", found, stage, plan, selection)
+            elif self._is_uncut:
+                self._add("dense", found, stage, plan, selection)
         return found
 
     def _repairer_of(self, stage: Stage, plan: Plan) -> Repairer | None:
@@ -271,19 +275,18 @@ class Lab(Planning):
         self._repaired = repairer(masked, plan.repair, wanted) if repairer is not None else Repaired()
         return self._repaired
 
-    def _add_measured(self, found: Estimate) -> None:
-        if removes_anything(self.stage.program, self.selection):
-            self._add("plan", found)
-        elif self._is_uncut:
-            self._add("dense", found)
+    @property
+    def knows_unpruned(self) -> bool:
+        """Whether the network that the lab began with is here: a lab that was loaded has what it was cut to."""
+        return _size(cost(self._first.program)) == self._began
 
     @property
     def _is_uncut(self) -> bool:
         """Whether the current network is the one that the lab began with."""
         return self.stage.program is self._first.program and _size(self.dense_cost()) == self._began
 
-    def _add(self, kind: str, found: Estimate) -> None:
-        now = self.cost()
+    def _add(self, kind: str, found: Estimate, stage: Stage, plan: Plan, selection: Selection) -> None:
+        now = cost(stage.program.without(plan.bypassed), with_masks(selection, stage.masks))
         point = Point(
             kind,
             now.params,
@@ -293,8 +296,9 @@ class Lab(Planning):
             found.low,
             found.high,
             found.n,
-            self.plan.to_json(),
+            plan.to_json(),
             found.precision,
+            stage.weights,
         )
         if point not in self._points:
             self._points.append(point)
@@ -327,12 +331,18 @@ class Lab(Planning):
     ) -> pd.DataFrame:
         """Fine-tune a copy of the current network; it becomes the current network, and undo brings the old one back.
 
-        Weights that a commit zeroed stay zero. The plan starts afresh.
+        Weights that a commit zeroed stay zero. The plan starts afresh. Where the training fails in a later epoch, the
+        best one before is entered all the same.
 
         Args: as :func:`prunelab.finetune`.
         """
         training = Training(self, "finetune", {"epochs": epochs, "lr": lr, **settings})
-        table = training.run(progress, on_epoch)
+        try:
+            table = training.run(progress, on_epoch)
+        except Exception:
+            if training.gained:
+                self.enter(training)
+            raise
         self.enter(training)
         return table
 
@@ -366,26 +376,24 @@ class Lab(Planning):
         """
         same = self.stage.program is training.stage.program
         plan = training.plan(self.plan) or (self.plan if keep_plan and same else None)
-        before = self._now, [*self._past], [*self._future]
-        try:
+        with self._or_as_before():
             self._enter(training.model, training.stage.masks, training.course.kind)
             if plan is not None:
                 # No step of its own for undo: it came with the network.
                 self._now = (self.stage, self._fitting(replace(plan, network=self.stage.program.digest)))
-        except Exception:
-            self._now, self._past, self._future = before
-            raise
 
     def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], label: str) -> None:
         # Proved again: what was pinned because forward does not follow its cut must stay so.
         stage = self._stage(trace(model, self.stage.program.example), masks)
         plan = replace(self.plan, settings={}, bypassed=(), network=stage.program.digest)
-        self._move((stage, plan))
-        self.prepare(plan.criterion)
-        self._add(label, self.stage.preview.accuracy())
+        with self._or_as_before():
+            self._move((stage, plan))
+            self.prepare(plan.criterion)
+            self._add(label, stage.preview.accuracy(), stage, plan, Selection())
 
     def _stage(self, program: Program, masks: Mapping[str, Tensor]) -> Stage:
-        return Stage(program, None, Preview(program, self._images, self._labels, memory=self._memory), dict(masks))
+        preview = Preview(program, self._images, self._labels, memory=self._memory)
+        return Stage(program, None, preview, dict(masks), digest_of(program.model))
 
     # Keeping ---------------------------------------------
 
@@ -408,15 +416,17 @@ class Lab(Planning):
             PruneLabError: the folder cannot be written, a function cannot be imported, or the recipe needs pickle.
         """
         run = RunFile.of(make_model, train, val, recipe)
+        # Read once: a hand may move on meanwhile.
+        stage, plan = self._now
         record = {
             **(run.to_record() if run is not None else {}),
             "name": self.name,
-            "plan": self.plan.to_json(),
+            "plan": plan.to_json(),
             "began": self._began,
             "points": [vars(point) for point in self._points],
             "times": {plan: to_plain(found) for plan, found in self._timed.items()},
         }
-        write_lab(Path(folder), Kept(self.model, self.stage.masks, self.selection, record))
+        write_lab(Path(folder), Kept(stage.program.model, stage.masks, self._resolve(stage, plan), record))
 
     def export(self, path: Path | str) -> Path:
         """Write the current network to a ``.pt2``, ``.onnx`` or ``.safetensors`` file, as :func:`prunelab.export`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +279,16 @@ class Planning:
         self._past.append(self._now)
         self._future.clear()
         self._now = to
+
+    @contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """Leaves network, plan and history as they were where something fails or is stopped on the way."""
+        before = self._now, [*self._past], [*self._future]
+        try:
+            yield
+        except BaseException:
+            self._now, self._past, self._future = before
+            raise
 
     def _free(self) -> list[Layer]:
         settings = self.plan.settings.items()

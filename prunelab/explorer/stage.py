@@ -20,12 +20,14 @@ class Stage:
         program: the traced network; ``profile`` what it does on the training set, once measured.
         preview: quick accuracy on the probe images.
         masks: weights held at zero, by parameter name.
+        weights: digest of its weights: two networks of one structure are two.
     """
 
     program: Program
     profile: Profile | None
     preview: Preview
     masks: Mapping[str, Tensor]
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Point:
     Attributes:
         kind: ``dense``, ``plan``, ``commit`` or ``finetune``.
         precision: of the arithmetic that gave the accuracy.
+        weights: as :class:`Stage` has them, of the network that the plan is for.
     """
 
     kind: str
@@ -47,3 +50,4 @@ class Point:
     n: int
     plan: str
     precision: str = "float32"
+    weights: str = ""

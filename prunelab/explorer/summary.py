@@ -39,9 +39,13 @@ def _size(lab: Lab) -> str:
 
 
 def _accuracy(lab: Lab) -> str:
-    """Of this plan, not of one before it."""
-    of_plan = [point for point in lab.points if point.plan == lab.plan.to_json()]
-    return f"; accuracy {of_plan[-1].accuracy:.1%} on {of_plan[-1].n:,} images" if of_plan else ""
+    """Of this plan for this network, not of one before it."""
+    asked = (lab.stage.weights, lab.plan.to_json())
+    found = next((point for point in reversed(lab.points) if (point.weights, point.plan) == asked), None)
+    if found is None:
+        return ""
+    interval = f"{found.low:.1%} to {found.high:.1%}"
+    return f"; accuracy {found.accuracy:.1%} ({interval}, {found.n:,} images, {found.precision})"
 
 
 def _row(lab: Lab, layer: Layer, share: float, selection: Selection) -> str:

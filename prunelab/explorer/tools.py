@@ -53,6 +53,7 @@ class Tools:
         )
         self.times = w.HTML(layout=w.Layout(display="none", margin="0 0 0 90px"))
         self.pictures = [w.Image(format="png", layout=w.Layout(display="none", **_PICTURE)) for _ in range(2)]
+        self._showing = False
         self.show()
         self.multiple.observe(self._on_multiple, "value")
         self.changed.observe(self._on_changed, "value")
@@ -61,7 +62,10 @@ class Tools:
         """The plan's multiple, and the times of the plan where they were taken."""
         multiple = self._lab.plan.multiple
         if multiple not in self.multiple.options:
+            # New options choose the first of them for a moment: that is nobody's choice.
+            self._showing = True
             self.multiple.options = sorted({*MULTIPLES, multiple})
+            self._showing = False
         self.multiple.value = multiple
         found = self._lab.timed
         self.times.value = _lines(found) if found is not None else ""
@@ -99,7 +103,7 @@ class Tools:
         return figures
 
     def _on_multiple(self, change: dict[str, Any]) -> None:
-        if change["new"] != self._lab.plan.multiple:
+        if not self._showing and change["new"] != self._lab.plan.multiple:
             explorer = self._explorer
             explorer._guard(lambda: explorer._change(lambda: self._lab.multiple(change["new"])))
 

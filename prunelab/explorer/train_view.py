@@ -67,7 +67,8 @@ class TrainView:
                                   tooltip="Mirror images left to right and shift them by up to an eighth of their side",
                                   layout=w.Layout(width="auto", margin=margin))  # fmt: skip
         self.distil = w.Checkbox(False, description="learn from the unpruned network", indent=False,
-                                 tooltip="Its outputs take the place of the labels, which are not smoothed then",
+                                 tooltip="Its outputs take the place of the labels, which are not smoothed then"
+                                 if self._lab.knows_unpruned else "It is not in the folder that this lab came from",
                                  layout=w.Layout(width="auto", margin=margin))  # fmt: skip
         self.folder = w.Text("", description="checkpoint folder", placeholder="none", style=wide,
                              tooltip="A training that was stopped or killed goes on from there",
@@ -114,8 +115,9 @@ class TrainView:
     def _show(self, _: Any = None) -> None:
         """What can be pressed now."""
         running = self._running
-        for widget in (self.epochs, self.lr, self.distil, self.folder, self.width):
+        for widget in (self.epochs, self.lr, self.folder, self.width):
             widget.disabled = running
+        self.distil.disabled = running or not self._lab.knows_unpruned
         self.augment.disabled = running or not self._images
         self.smoothing.disabled = running or self.distil.value
         self.stop.disabled = not running or self._stop.is_set()

@@ -120,6 +120,7 @@ class Training:
         self._settings = {**settings, "masks": lab.stage.masks}
         self._widths = widths
         self._look: Callable[[], bool] = lambda: True
+        self._compares = lab.knows_unpruned
 
     def run(
         self,
@@ -148,7 +149,7 @@ class Training:
         if look is not None:
             # Every step asks, also where losses are read seldom.
             asked["progress"] = lambda *_: self._look()
-            if self.course.reference is None:
+            if self._compares and self.course.reference is None:
                 self._measure_reference()
         if self.course.kind == "squeeze":
             self.squeezed = csgd(self.model, *self._data, self._widths, **asked)

@@ -42,6 +42,7 @@ def test_the_accuracy_is_that_of_this_plan_or_none(lab: pl.Lab) -> None:
     lab.set("conv1", ratio=0.5)
     assert "accuracy" not in summary(lab)
     found = lab.measure()
-    assert f"accuracy {found.accuracy:.1%} on 100 images" in summary(lab)
+    interval = f"{found.low:.1%} to {found.high:.1%}"
+    assert f"accuracy {found.accuracy:.1%} ({interval}, 100 images, float32)" in summary(lab)
     lab.set("conv1", ratio=0.6)
     assert "accuracy" not in summary(lab)
