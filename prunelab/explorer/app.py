@@ -390,6 +390,9 @@ class Explorer(w.VBox):
         self._say(text, busy=True)
 
     def _to_the_end(self, work: Callable[[], str]) -> None:
+        with self._lock:
+            # Work that waited its turn: what ended before it has turned the controls on.
+            self._enable(False)
         try:
             done = work()
         except Exception:
@@ -404,6 +407,10 @@ class Explorer(w.VBox):
             self._enable(True)
             self._show_network()
             self._say(done)
+
+    def _wanted(self) -> bool:
+        """Whether long work is to go on."""
+        return not self._stop.is_set()
 
     def _refuse_while_busy(self) -> None:
         if self._long:
@@ -434,16 +441,19 @@ class Explorer(w.VBox):
         def work() -> str:
             def update(e: Estimate) -> bool:
                 self._say("measuring on the whole validation set", e.n / e.total, busy=True)
-                return not self._stop.is_set()
+                return self._wanted()
 
-            return f"This plan scores {self.lab.measure(on_update=update)}."
+            try:
+                return f"This plan scores {self.lab.measure(on_update=update, wanted=self._wanted)}."
+            except Stopped:
+                return "Stopped during the repair: nothing was measured."
 
         self._job("measuring on the whole validation set", work)
 
     def _on_scan(self) -> None:
         def progress(done: int, total: int | None, what: str) -> bool:
             self._say("scanning layers", done / (total or done), busy=True)
-            return not self._stop.is_set()
+            return self._wanted()
 
         self._job("scanning layers", lambda: self._scans.run(progress))
 
@@ -452,7 +462,10 @@ class Explorer(w.VBox):
 
         def work() -> str:
             before = self.lab.dense_cost()
-            self.lab.commit()
+            try:
+                self.lab.commit(wanted=self._wanted)
+            except Stopped:
+                return "Stopped: nothing was committed."
             now = self.lab.dense_cost()
             return f"Committed: {before.params:,} → {now.params:,} parameters, {before.flops:,} → {now.flops:,} FLOPs."
 

@@ -30,7 +30,7 @@ from prunelab.program.cost import Cost
 from prunelab.program.program import Program, cost, sliced_masks, trace
 from prunelab.program.run import removes_anything
 from prunelab.program.selection import Selection, with_masks
-from prunelab.progress import Progress
+from prunelab.progress import Progress, Stopped
 from prunelab.repair import Repaired, Repairer, sample_of
 from prunelab.repair.values import Wanted, always
 from prunelab.saving import export
@@ -163,9 +163,12 @@ class Lab(Planning):
             return None
         return next(iter(stage.preview.estimates(selection, n=self._probe, repaired=repaired)))
 
-    def measure(self, on_update: Callable[[Estimate], bool | None] | None = None) -> Estimate:
-        """Accuracy of the plan on all of ``val``, exactly that of the network that it commits."""
-        return self._measured(None, on_update, "float32")
+    def measure(self, on_update: Callable[[Estimate], bool | None] | None = None, wanted: Wanted = always) -> Estimate:
+        """Accuracy of the plan on all of ``val``, exactly that of the network that it commits.
+
+        Args and errors: as for :meth:`estimate`.
+        """
+        return self._measured(None, on_update, "float32", wanted)
 
     def latency(self, *, progress: Progress | bool = True, **settings: Any) -> Latency:
         """Time the network that the plan would commit, on this machine, beside the one that the lab began with.
@@ -305,18 +308,24 @@ class Lab(Planning):
 
     # Committing and training ---------------------------------------------
 
-    def commit(self) -> nn.Module:
+    def commit(self, wanted: Wanted = always) -> nn.Module:
         """Make the plan real: a new, smaller module becomes the current network; the plan starts afresh.
+
+        Args:
+            wanted: asked during the plan's repair and after it whether to go on.
 
         Raises:
             PruneLabError: the plan removes nothing.
+            Stopped: it was not wanted any more; everything is as it was.
         """
         selection = self.selection
         if not removes_anything(self.stage.program, selection):
             raise PruneLabError("There is nothing to commit: the plan removes no block, layer, channel or weight.")
         masked = self._masked(selection)
-        small = commit(self.program, masked, repair=self._repair(*self._now, selection))
+        small = commit(self.program, masked, repair=self._repair(*self._now, selection, wanted))
         masks = sliced_masks(self.program, masked)
+        if not wanted():
+            raise Stopped("commit")
         self._enter(small, masks, "commit")
         return small
 

@@ -117,6 +117,32 @@ def test_an_estimate_that_a_refused_job_stopped_is_made_again(explorer: Explorer
     assert explorer.desk.estimate["state"] == "ready"
 
 
+@pytest.mark.parametrize(
+    ("button", "said"), [("_commit", "nothing was committed"), ("_measure", "nothing was measured")]
+)
+def test_a_stop_during_the_repair_is_heard(
+    lab: pl.Lab, explorer: Explorer, monkeypatch: pytest.MonkeyPatch, button: str, said: str
+) -> None:
+    lab.set("conv1", ratio=0.5)
+    lab.repair("least-squares")
+    explorer._show_plan()
+    assert explorer._worker.drain(60)
+    lab._repairer = None  # nothing is known of the repair from the estimate
+    model, real = lab.model, lab._repair
+
+    def stopped(*given: Any) -> Any:
+        explorer._stopper.click()
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lab, "_repair", stopped)
+        getattr(explorer, button).click()
+        assert explorer._worker.drain(60)
+    assert said in explorer.desk.status["text"]
+    assert lab.model is model
+    assert ratios(lab) == {"conv1": 0.5}
+
+
 def test_a_stop_that_comes_late_stops_nothing(explorer: Explorer) -> None:
     explorer._job("short work", lambda: "done")
     assert explorer._worker.drain(60)
@@ -196,3 +222,15 @@ def test_a_fine_tuning_that_fails_late_keeps_its_best_epoch(lab: pl.Lab) -> None
     assert any(not torch.equal(tensor, before[name]) for name, tensor in lab.model.state_dict().items())
     lab.undo()
     assert all(torch.equal(tensor, before[name]) for name, tensor in lab.model.state_dict().items())
+
+
+def test_work_that_waited_for_a_training_to_be_taken_over_has_the_controls_off(explorer: Explorer) -> None:
+    gate, seen = threading.Event(), []
+    explorer._worker.latest(lambda wanted: gate.wait(30) and None)
+    explorer._later("taking over", lambda: "taken over")
+    explorer._job("long work", lambda: seen.append((explorer._long, explorer._stopper.disabled)) or "done")
+    gate.set()
+    assert explorer._worker.drain(60)
+    assert seen == [(True, False)]
+    assert explorer.desk.status["text"] == "done"
+    assert not explorer._long
