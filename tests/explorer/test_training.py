@@ -141,6 +141,19 @@ def test_what_is_trained_waits_for_other_long_work(explorer: Explorer) -> None:
 
 # To the end, stopped, failed ---------------------------------------------
 
+
+def some_epochs_of_half(explorer: Explorer) -> tuple[nn.Module, Course]:
+    """Cut every layer to half, and train that, with a few epochs done; gives it as it was, and its training."""
+    explorer.lab.set_all(ratio=0.5)
+    explorer.lab.commit()
+    cut = explorer.lab.model
+    explorer._show_network()
+    explorer._training.lr.value = 0.02
+    course = begin(explorer, 1000)
+    until(lambda: len(course.rows) > 3)
+    return cut, course
+
+
 ENDING = """
 import time
 import prunelab as pl
@@ -203,13 +216,7 @@ def test_a_training_becomes_the_current_network_with_its_curves(explorer: Explor
 
 def test_stop_answers_within_a_step_and_keeps_the_best(explorer: Explorer) -> None:
     lab, view = explorer.lab, explorer._training
-    lab.set_all(ratio=0.5)
-    lab.commit()
-    cut = lab.model
-    explorer._show_network()
-    view.lr.value = 0.02
-    course = begin(explorer, 1000)
-    until(lambda: len(course.rows) > 3)
+    cut, course = some_epochs_of_half(explorer)
     view.stop.click()
     done = len(course.losses)
     assert view.wait(60)
@@ -266,13 +273,7 @@ def test_an_error_is_said_and_leaves_everything_as_it_was(explorer: Explorer) ->
 
 def test_what_was_gained_before_an_error_is_kept(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     lab, view = explorer.lab, explorer._training
-    lab.set_all(ratio=0.5)
-    lab.commit()
-    cut = lab.model
-    explorer._show_network()
-    view.lr.value = 0.02
-    course = begin(explorer, 1000)
-    until(lambda: len(course.rows) > 3)
+    cut, course = some_epochs_of_half(explorer)
 
     def full(*_: object) -> None:
         raise pl.PruneLabError("no room is left")
