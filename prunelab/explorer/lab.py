@@ -94,7 +94,7 @@ class Lab(Planning):
         stage = self._stage(trace(model, first), {})
         super().__init__(stage, Plan(criterion=criterion, network=stage.program.digest), train, cache)
         # Of the network that everything is compared with, and how to come by it: not the first one after a load.
-        self._began = _size(cost(stage.program))
+        self._began, self._origin = _size(cost(stage.program)), stage.weights
         self._uncut: Callable[[], Program] = lambda: self._first.program
         self._points: list[Point] = []
         self._timed: dict[str, Latency] = {}
@@ -280,8 +280,8 @@ class Lab(Planning):
 
     @property
     def knows_unpruned(self) -> bool:
-        """Whether the network that the lab began with is here: a lab that was loaded has what it was cut to."""
-        return _size(cost(self._first.program)) == self._began
+        """Whether the network that the lab began with is here: a lab that was loaded has what became of it."""
+        return self._first.weights == self._origin
 
     @property
     def _is_uncut(self) -> bool:
@@ -432,6 +432,7 @@ class Lab(Planning):
             "name": self.name,
             "plan": plan.to_json(),
             "began": self._began,
+            "origin": self._origin,
             "points": [vars(point) for point in self._points],
             "times": {plan: to_plain(found) for plan, found in self._timed.items()},
         }
@@ -458,7 +459,7 @@ class Lab(Planning):
         record = kept.record
         lab = cls(kept.model, train, val, name=record["name"], **settings)
         lab._now = (replace(lab.stage, masks=kept.masks), lab.plan)
-        lab._began = record.get("began", lab._began)
+        lab._began, lab._origin = record.get("began", lab._began), record.get("origin", "")
         if not lab._is_uncut:
             # Its weights are not in the folder, but how long it takes does not depend on them.
             like = next(kept.model.parameters())

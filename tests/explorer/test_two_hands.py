@@ -191,9 +191,16 @@ def test_a_point_is_that_of_the_plan_that_was_measured(lab: pl.Lab, monkeypatch:
     ]
 
 
-def test_a_loaded_lab_that_was_cut_has_no_unpruned_network_to_learn_from(lab: pl.Lab, tmp_path: Path) -> None:
-    lab.set("conv1", ratio=0.5)
-    lab.commit()
+@pytest.mark.parametrize("how", ["channel", "weight", "trained"])
+def test_a_loaded_lab_has_no_unpruned_network_to_learn_from(lab: pl.Lab, tmp_path: Path, how: str) -> None:
+    lab.save(tmp_path / "begun")
+    assert pl.Lab.load(tmp_path / "begun", pl.zoo.lenet, lab.train, lab.val).knows_unpruned
+    if how == "trained":
+        lab.finetune(epochs=1, lr=0.02, progress=False, keep="last")
+    else:
+        lab.set("conv1", ratio=0.5, grain=how)
+        lab.commit()
+    assert lab.knows_unpruned
     lab.save(tmp_path)
     back = pl.Lab.load(tmp_path, pl.zoo.lenet, lab.train, lab.val)
     back.run_profile(progress=False)
