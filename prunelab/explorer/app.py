@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,11 @@ from prunelab.explorer.desk import (
     estimate_of,
     figures_of,
     header_of,
-    layers_of,
-    onto,
-    plan_of,
     rows_of,
     terms_of,
     units_of,
 )
+from prunelab.explorer.edits import Edits
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.scan_view import ScanView
 from prunelab.explorer.summary import summary
@@ -43,9 +40,6 @@ from prunelab.progress import Stopped
 
 NETWORKS = (".pt2", ".onnx", ".safetensors")
 """How names of files end that hold a network."""
-
-# Two changes closer than this are one movement of the hand: one step of undo.
-_ONE_MOVEMENT = 1.0
 
 
 def explore(model: nn.Module | Lab, train: Any = None, val: Any = None, **settings: Any) -> Explorer:
@@ -81,12 +75,10 @@ class Explorer(w.VBox):
         self._stop = threading.Event()
         self._worker = Worker(self._failed, self._stop.set)
         self._long = False
-        self._last_edit = (0.0, "")
-        # Network and plan that the rows show: cells can change the lab without them.
-        self._shown = (lab.stage.program, lab.plan)
         self._seen = 0
         self._held: list[dict[str, Any]] = []
         self.desk = Desk()
+        self._edits = Edits(lab, self.desk)
         self._scans = ScanView(lab, self.desk)
         self._scatter, self._details = w.Image(format="png"), w.Image(format="png")
         self._build()
@@ -192,15 +184,29 @@ class Explorer(w.VBox):
             self.desk.rows = rows_of(self.lab)
             self.desk.units = units_of(self.lab)
             self.desk.terms = terms_of(self.lab)
-            self.desk.layers = layers_of(self.lab)
+            self._edits.show()
             self._outdate()
+        self._rows_of = self._kind_of_rows
         if self.desk.selected not in {r["name"] for r in self.desk.rows}:
             self.desk.selected = next((r["name"] for r in self.desk.rows if not r["pinned"]), "")
         self._show_plan()
 
+    def _show(self) -> None:
+        """The lab as it is now; all of it where the rows are of something else, which a cell may have changed."""
+        # During long work the network may be on its way: its end shows it.
+        if self._long or self._rows_of == self._kind_of_rows:
+            self._show_plan()
+        else:
+            self._show_network()
+
+    @property
+    def _kind_of_rows(self) -> tuple[Any, ...]:
+        plan = self.lab.plan
+        return self.lab.stage.program, plan.bypassed, plan.criterion, plan.seed, plan.combine, plan.multiple
+
     def _show_plan(self) -> None:
         """The plan as Python knows it, and a new estimate on its way."""
-        self.desk.layers = layers_of(self.lab)
+        self._edits.show()
         self._scans.show()
         self.desk.revision += 1
         self._choosing.show()
@@ -208,7 +214,6 @@ class Explorer(w.VBox):
         self._after_edit()
 
     def _after_edit(self) -> None:
-        self._shown = (self.lab.stage.program, self.lab.plan)
         # With the revision, so that rows which were sent again are answered again, by equal figures too.
         self.desk.figures = {**figures_of(self.lab), "edits": self._seen, "revision": self.desk.revision}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
@@ -292,25 +297,14 @@ class Explorer(w.VBox):
             self._on_message(None, content, None)
 
     def _edit(self) -> None:
-        program, shown = self._shown
-        if program is not self.lab.stage.program:
-            self._show_network()
-            raise PruneLabError("The network was changed in a cell. The rows show it now; the last move was not made.")
-        plan = plan_of(self.desk.layers, shown)
-        elsewhere, old = self.lab.plan != shown, self.lab.plan.settings
-        plan = onto(self.lab.plan, shown, plan) if elsewhere else plan
-        changed = str([(n, s.rule, s.grain, s.locked) for n, s in plan.settings.items() if s != old.get(n)])
-        now = time.monotonic()
-        merge = changed == self._last_edit[1] and now - self._last_edit[0] < _ONE_MOVEMENT
-        self._last_edit = (now, changed)
         try:
             self._refuse_while_busy()
-            self.lab.use(plan, merge=merge)
+            more = self._edits.take()
         except PruneLabError:
-            self._show_plan()
+            self._show()
             raise
-        if elsewhere:
-            self._show_plan()
+        if more:
+            self._show()
         else:
             self._after_edit()
 
@@ -348,13 +342,9 @@ class Explorer(w.VBox):
     def _change(self, action: Callable[[], None]) -> None:
         """A change of plan or network that did not start in the rows."""
         self._refuse_while_busy()
-        before = (self.lab.program, self._choosing.chosen, self.lab.plan.multiple)
-        self._last_edit = (0.0, "")  # the next move is a step of its own
+        self._edits.rest()
         action()
-        if (self.lab.program, self._choosing.chosen, self.lab.plan.multiple) == before:
-            self._show_plan()
-        else:
-            self._show_network()
+        self._show()
 
     def _on_repair(self, change: dict[str, Any]) -> None:
         if change["new"] != self.lab.plan.repair:
@@ -403,7 +393,7 @@ class Explorer(w.VBox):
             raise
         # Held until the rows are those of the new network: no edit of the old ones gets in between.
         with self._lock:
-            self._last_edit = (0.0, "")
+            self._edits.rest()
             self._enable(True)
             self._show_network()
             self._say(done)
@@ -480,14 +470,19 @@ class Explorer(w.VBox):
     # Files ---------------------------------------------
 
     def _file(self) -> Path:
-        if not Path(self._path.value).name:
+        named = Path(self._path.value.strip())
+        if not named.name:
             raise PruneLabError("Name a file in the field 'file' first.")
-        return Path(self._path.value)
+        return named
+
+    def _plan_file(self) -> Path:
+        named = self._file()
+        if named.suffix.lower() in NETWORKS:
+            raise PruneLabError(f"{named} is the name of a network's file: name one for the plan, such as plan.json.")
+        return named
 
     def _on_save(self) -> None:
-        target = self._file()
-        if target.suffix in NETWORKS:
-            raise PruneLabError(f"{target} is the name of a network's file: name one for the plan, such as plan.json.")
+        target = self._plan_file()
         try:
             with replacing(target) as beside:
                 beside.write_text(self.lab.plan.to_json())
@@ -496,7 +491,7 @@ class Explorer(w.VBox):
         self._say(f"The plan is in {target}.")
 
     def _on_load(self) -> None:
-        source = self._file()
+        source = self._plan_file()
         if not source.is_file():
             raise PruneLabError(f"There is no file {source}: name the plan to load in the field 'file'.")
         plan = Plan.from_json(source.read_text())
@@ -507,7 +502,7 @@ class Explorer(w.VBox):
         # torch.export changes how modules are called, for all threads.
         self._training.refuse("an export")
         named = self._file()
-        target = named if named.suffix in NETWORKS else named.with_name("pruned.pt2")
+        target = named if named.suffix.lower() in NETWORKS else named.with_name("pruned.pt2")
         self._say(f"The current network is in {self.lab.export(target)}.")
 
     def _on_python(self) -> None:

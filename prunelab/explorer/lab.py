@@ -18,7 +18,7 @@ from prunelab.errors import PruneLabError
 from prunelab.explorer.best_planning import take_best_plan
 from prunelab.explorer.planning import Planning
 from prunelab.explorer.scanning import Scanned, scan
-from prunelab.explorer.stage import Point, Stage
+from prunelab.explorer.stage import Point, Stage, weights_of
 from prunelab.explorer.timed import columns, from_plain, to_plain
 from prunelab.explorer.training import Course, Training
 from prunelab.latency import Latency, latency
@@ -41,7 +41,6 @@ from prunelab.train.keeping import Kept, read_lab, write_lab
 from prunelab.train.position import Epoch
 from prunelab.train.recipe import Recipe
 from prunelab.train.runfile import RunFile
-from prunelab.train.words import digest_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,7 +123,7 @@ class Lab(Planning):
         if len(frame):
             frame.insert(2, "compression", self._began["params"] / frame["nonzero"])
             frame.insert(4, "speedup", self._began["flops"] / frame["flops"].clip(lower=1))
-            frame = frame.drop(columns="weights").join(columns([self._timed.get(p.plan) for p in self._points]))
+            frame = frame.drop(columns="weights").join(columns([self._timed.get(p.key) for p in self._points]))
         return frame
 
     @property
@@ -180,19 +179,21 @@ class Lab(Planning):
         Raises:
             PruneLabError: nothing has been removed, by the plan or a commit; or as :func:`prunelab.latency`.
         """
-        plan, selection = self.plan, self._masked(self.selection)
-        if self._is_uncut and not removes_anything(self.program, selection):
+        # Read once: a hand may move on meanwhile.
+        stage, plan = self._now
+        program, selection = stage.program.without(plan.bypassed), with_masks(self._resolve(stage, plan), stage.masks)
+        if self._is_uncut and not removes_anything(program, selection):
             raise PruneLabError("There is nothing to time: neither the plan nor a commit has removed anything.")
-        if plan.to_json() not in {point.plan for point in self._points}:
+        key = stage.key(plan)
+        if key not in {point.key for point in self._points}:
             self.estimate()
-        found = latency(self.program, selection, against=self._uncut(), progress=progress, **settings)
-        self._timed[plan.to_json()] = found
+        found = self._timed[key] = latency(program, selection, against=self._uncut(), progress=progress, **settings)
         return found
 
     @property
     def timed(self) -> Latency | None:
         """What :meth:`latency` last found for the plan that is here now."""
-        return self._timed.get(self.plan.to_json())
+        return self._timed.get(self.stage.key(self.plan))
 
     def outcomes(self, *, progress: Progress | bool = False) -> Outcomes:
         """What the plan changes, image by image, on the probe images and in the arithmetic of :meth:`estimate`.
@@ -301,7 +302,7 @@ class Lab(Planning):
             found.n,
             plan.to_json(),
             found.precision,
-            stage.weights,
+            weights_of(stage.program),
         )
         if point not in self._points:
             self._points.append(point)
@@ -385,24 +386,24 @@ class Lab(Planning):
         """
         same = self.stage.program is training.stage.program
         plan = training.plan(self.plan) or (self.plan if keep_plan and same else None)
-        with self._or_as_before():
-            self._enter(training.model, training.stage.masks, training.course.kind)
-            if plan is not None:
-                # No step of its own for undo: it came with the network.
-                self._now = (self.stage, self._fitting(replace(plan, network=self.stage.program.digest)))
+        self._enter(training.model, training.stage.masks, training.course.kind, plan)
 
-    def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], label: str) -> None:
+    def _enter(self, model: nn.Module, masks: Mapping[str, Tensor], label: str, keep: Plan | None = None) -> None:
         # Proved again: what was pinned because forward does not follow its cut must stay so.
         stage = self._stage(trace(model, self.stage.program.example), masks)
         plan = replace(self.plan, settings={}, bypassed=(), network=stage.program.digest)
         with self._or_as_before():
             self._move((stage, plan))
             self.prepare(plan.criterion)
-            self._add(label, stage.preview.accuracy(), stage, plan, Selection())
+            found = stage.preview.accuracy()
+            if keep is not None:
+                # No step of its own for undo: it came with the network.
+                self._now = (self.stage, self._fitting(replace(keep, network=stage.program.digest)))
+        self._add(label, found, stage, plan, Selection())
 
     def _stage(self, program: Program, masks: Mapping[str, Tensor]) -> Stage:
         preview = Preview(program, self._images, self._labels, memory=self._memory)
-        return Stage(program, None, preview, dict(masks), digest_of(program.model))
+        return Stage(program, None, preview, dict(masks), weights_of(program))
 
     # Keeping ---------------------------------------------
 
@@ -434,7 +435,7 @@ class Lab(Planning):
             "began": self._began,
             "origin": self._origin,
             "points": [vars(point) for point in self._points],
-            "times": {plan: to_plain(found) for plan, found in self._timed.items()},
+            "times": {key: to_plain(found) for key, found in self._timed.items()},
         }
         write_lab(Path(folder), Kept(stage.program.model, stage.masks, self._resolve(stage, plan), record))
 
@@ -465,7 +466,7 @@ class Lab(Planning):
             like = next(kept.model.parameters())
             lab._uncut = lambda: trace(make_model().to(like), lab._first.program.example, prove=False)
         lab._points = [Point(**point) for point in record["points"]]
-        lab._timed = {plan: from_plain(found) for plan, found in record.get("times", {}).items()}
+        lab._timed = {key: from_plain(found) for key, found in record.get("times", {}).items()}
         lab.use(Plan.from_json(record["plan"]))
         return lab
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from prunelab.plan import Plan
 from prunelab.preview import Preview
 from prunelab.profile.capture import Profile
 from prunelab.program.program import Program
+from prunelab.train.words import digest_of
+
+# With the versions of the tensors that it is of.
+_digests: WeakKeyDictionary[Program, tuple[tuple[int, ...], str]] = WeakKeyDictionary()
+
+
+def weights_of(program: Program) -> str:
+    """Digest of a network's weights as they are now: another one where they were trained in place meanwhile."""
+    versions, known = program.versions(), _digests.get(program)
+    if known is None or known[0] != versions:
+        known = _digests[program] = versions, digest_of(program.model)
+    return known[1]
 
 
 @dataclass(frozen=True)
@@ -20,7 +34,7 @@ class Stage:
         program: the traced network; ``profile`` what it does on the training set, once measured.
         preview: quick accuracy on the probe images.
         masks: weights held at zero, by parameter name.
-        weights: digest of its weights: two networks of one structure are two.
+        weights: digest of its weights when it came: two networks of one structure are two.
     """
 
     program: Program
@@ -28,6 +42,10 @@ class Stage:
     preview: Preview
     masks: Mapping[str, Tensor]
     weights: str
+
+    def key(self, plan: Plan) -> str:
+        """Names a plan for this network as it is now: the :attr:`Point.key` of what was measured of it."""
+        return weights_of(self.program) + plan.to_json()
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Point:
     Attributes:
         kind: ``dense``, ``plan``, ``commit`` or ``finetune``.
         precision: of the arithmetic that gave the accuracy.
-        weights: as :class:`Stage` has them, of the network that the plan is for.
+        weights: digest of those that it was measured with.
     """
 
     kind: str
@@ -51,3 +69,8 @@ class Point:
     plan: str
     precision: str = "float32"
     weights: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names the plan and the network that it is for."""
+        return self.weights + self.plan

@@ -40,8 +40,8 @@ def _size(lab: Lab) -> str:
 
 def _accuracy(lab: Lab) -> str:
     """Of this plan for this network, not of one before it."""
-    asked = (lab.stage.weights, lab.plan.to_json())
-    found = next((point for point in reversed(lab.points) if (point.weights, point.plan) == asked), None)
+    asked = lab.stage.key(lab.plan)
+    found = next((point for point in reversed(lab.points) if point.key == asked), None)
     if found is None:
         return ""
     interval = f"{found.low:.1%} to {found.high:.1%}"
