@@ -40,8 +40,9 @@ class Desk(anywidget.AnyWidget):
     """Blocks that can be removed whole, and blocks and layers that are: name, kind, removed, at (how many rows come
     before), stage, shares. A layer that can be removed has its unit's name in its row."""
     layers: Any = traitlets.Dict().tag(sync=True)
-    """By layer name: rule, value, grain, locked, kept. Written by the browser (with ``edits``) and by Python (with
-    ``revision``); whole, so that coalesced changes lose nothing."""
+    """By layer name: rule, value, grain, locked, kept, and shown (which rows the entry was made from, see
+    :class:`prunelab.explorer.edits.Edits`). Written by the browser (with ``edits``) and by Python (with ``revision``);
+    whole, so that coalesced changes lose nothing."""
     edits = traitlets.Int(0).tag(sync=True)
     """Counts the user's changes."""
     revision = traitlets.Int(0).tag(sync=True)
