@@ -368,3 +368,5 @@ _WRITERS: Mapping[str, Callable[[nn.Module, Any, Path], None]] = {
     ".onnx": _write_onnx,
     ".safetensors": _write_safetensors,
 }
+FORMATS = tuple(_WRITERS)
+"""How the names of files end that :func:`export` writes."""

@@ -37,9 +37,7 @@ from prunelab.picture import png
 from prunelab.plan import GRAINS, REPAIRS, Plan
 from prunelab.preview import Estimate
 from prunelab.progress import Stopped
-
-NETWORKS = (".pt2", ".onnx", ".safetensors")
-"""How names of files end that hold a network."""
+from prunelab.saving import FORMATS
 
 
 def explore(model: nn.Module | Lab, train: Any = None, val: Any = None, **settings: Any) -> Explorer:
@@ -477,7 +475,7 @@ class Explorer(w.VBox):
 
     def _plan_file(self) -> Path:
         named = self._file()
-        if named.suffix.lower() in NETWORKS:
+        if named.suffix.lower() in FORMATS:
             raise PruneLabError(f"{named} is the name of a network's file: name one for the plan, such as plan.json.")
         return named
 
@@ -502,7 +500,7 @@ class Explorer(w.VBox):
         # torch.export changes how modules are called, for all threads.
         self._training.refuse("an export")
         named = self._file()
-        target = named if named.suffix.lower() in NETWORKS else named.with_name("pruned.pt2")
+        target = named if named.suffix.lower() in FORMATS else named.with_name("pruned.pt2")
         self._say(f"The current network is in {self.lab.export(target)}.")
 
     def _on_python(self) -> None:

@@ -71,7 +71,7 @@ class BestView:
 
         def progress(done: int, total: int | None, what: str) -> bool:
             explorer._say(f"searching the best plan for {wish}{there}", done / (total or done), busy=True)
-            return not explorer._stop.is_set()
+            return explorer._wanted()
 
         try:
             self._best = explorer.lab.best_plan(**WISHES[wish], progress=progress, on_step=on_step)

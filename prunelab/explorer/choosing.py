@@ -86,7 +86,7 @@ class Choosing:
 
         def progress(done: int, total: int | None, what: str) -> bool:
             explorer._say(f"measuring what {name} needs: {what}", done / (total or done), busy=True)
-            return not explorer._stop.is_set()
+            return explorer._wanted()
 
         try:
             self._lab.prepare(name, progress)

@@ -93,7 +93,9 @@ class Lab(Planning):
         stage = self._stage(trace(model, first), {})
         super().__init__(stage, Plan(criterion=criterion, network=stage.program.digest), train, cache)
         # Of the network that everything is compared with, and how to come by it: not the first one after a load.
-        self._began, self._origin = _size(cost(stage.program)), stage.weights
+        self._began, self._origin = _size(cost(stage.program)), weights_of(stage.program)
+        # Whether that network is here: a lab that was loaded has what became of it.
+        self.knows_unpruned = True
         self._uncut: Callable[[], Program] = lambda: self._first.program
         self._points: list[Point] = []
         self._timed: dict[str, Latency] = {}
@@ -280,11 +282,6 @@ class Lab(Planning):
         return self._repaired
 
     @property
-    def knows_unpruned(self) -> bool:
-        """Whether the network that the lab began with is here: a lab that was loaded has what became of it."""
-        return self._first.weights == self._origin
-
-    @property
     def _is_uncut(self) -> bool:
         """Whether the current network is the one that the lab began with."""
         return self.stage.program is self._first.program and _size(self.dense_cost()) == self._began
@@ -402,8 +399,7 @@ class Lab(Planning):
         self._add(label, found, stage, plan, Selection())
 
     def _stage(self, program: Program, masks: Mapping[str, Tensor]) -> Stage:
-        preview = Preview(program, self._images, self._labels, memory=self._memory)
-        return Stage(program, None, preview, dict(masks), weights_of(program))
+        return Stage(program, None, Preview(program, self._images, self._labels, memory=self._memory), dict(masks))
 
     # Keeping ---------------------------------------------
 
@@ -460,7 +456,9 @@ class Lab(Planning):
         record = kept.record
         lab = cls(kept.model, train, val, name=record["name"], **settings)
         lab._now = (replace(lab.stage, masks=kept.masks), lab.plan)
-        lab._began, lab._origin = record.get("began", lab._began), record.get("origin", "")
+        origin = record.get("origin", "")
+        lab.knows_unpruned = lab._origin == origin
+        lab._began, lab._origin = record.get("began", lab._began), origin
         if not lab._is_uncut:
             # Its weights are not in the folder, but how long it takes does not depend on them.
             like = next(kept.model.parameters())

@@ -34,14 +34,12 @@ class Stage:
         program: the traced network; ``profile`` what it does on the training set, once measured.
         preview: quick accuracy on the probe images.
         masks: weights held at zero, by parameter name.
-        weights: digest of its weights when it came: two networks of one structure are two.
     """
 
     program: Program
     profile: Profile | None
     preview: Preview
     masks: Mapping[str, Tensor]
-    weights: str
 
     def key(self, plan: Plan) -> str:
         """Names a plan for this network as it is now: the :attr:`Point.key` of what was measured of it."""

@@ -124,7 +124,7 @@ class Tools:
 
         def progress(done: int, total: int | None, what: str) -> bool:
             explorer._say("measuring speed: both networks take turns", done / (total or done), busy=True)
-            return not explorer._stop.is_set()
+            return explorer._wanted()
 
         def work() -> str:
             try:

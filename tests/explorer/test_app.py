@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from hand import drag
 
 import prunelab as pl
 from prunelab.explorer.app import Explorer
@@ -13,19 +14,12 @@ from prunelab.explorer.app import Explorer
 TRAIN, TEST = pl.datasets.fashion_mnist()
 
 
-@pytest.fixture
-def lab() -> pl.Lab:
-    return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
-
-
 def test_an_edit_during_long_work_is_refused_and_leaves_the_controls_off(lab: pl.Lab, explorer: Explorer) -> None:
     gate = threading.Event()
     explorer._job("long work", lambda: "done" if gate.wait(30) else "late")
     plan = lab.plan
     for ratio in (0.3, 0.6):
-        entry = {**explorer.desk.layers["conv2"], "rule": "ratio", "value": ratio}
-        explorer.desk.layers = {**explorer.desk.layers, "conv2": entry}
-        explorer.desk.edits += 1
+        drag(explorer, "conv2", ratio)
         assert "wait, or stop it first" in explorer.desk.status["error"]
         assert lab.plan == plan
         assert explorer._commit.disabled

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hand import moved, ratios, send
 
 import prunelab as pl
 from prunelab.explorer.app import Explorer
 from prunelab.explorer.summary import summary
 
 TRAIN, TEST = pl.datasets.fashion_mnist()
-Layers = dict[str, dict[str, Any]]
-
-
-@pytest.fixture
-def lab() -> pl.Lab:
-    return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
-
-
-def moved(layers: Layers, layer: str, ratio: float) -> Layers:
-    """The browser's rows after a move, from the rows that it has."""
-    return {**layers, layer: {**layers[layer], "rule": "ratio", "value": ratio}}
-
-
-def send(explorer: Explorer, layers: Layers) -> Layers:
-    explorer.desk.layers = layers
-    explorer.desk.edits += 1
-    return layers
-
-
-def ratios(lab: pl.Lab) -> dict[str, Any]:
-    return {name: setting.ratio for name, setting in lab.plan.settings.items()}
 
 
 def rows(explorer: Explorer) -> dict[str, int]:

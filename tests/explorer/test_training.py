@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hand import drag
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -33,13 +34,6 @@ def explorer() -> Explorer:
     found = pl.explore(lab)
     assert found._worker.drain(60)
     return found
-
-
-def edit(explorer: Explorer, layer: str, ratio: float) -> None:
-    """What the browser does when a slider moves."""
-    entry = {**explorer.desk.layers[layer], "rule": "ratio", "value": ratio}
-    explorer.desk.layers = {**explorer.desk.layers, layer: entry}
-    explorer.desk.edits += 1
 
 
 def until(met: Callable[[], bool], seconds: float = 60) -> None:
@@ -72,7 +66,7 @@ def test_planning_goes_on_while_a_network_is_trained(explorer: Explorer) -> None
     lab, view, desk = explorer.lab, explorer._training, explorer.desk
     model, weights = lab.model, state(lab.model)
     begin(explorer, 1000)
-    edit(explorer, "fc1", 0.9)
+    drag(explorer, "fc1", 0.9)
     assert desk.status["error"] == ""
     until(lambda: desk.estimate["state"] == "ready" and desk.estimate["edits"] == desk.edits)
     # Estimated meanwhile, and rightly: the training looks at nothing of it.
@@ -83,7 +77,7 @@ def test_planning_goes_on_while_a_network_is_trained(explorer: Explorer) -> None
     )
     desk.selected = "conv2"
     explorer._criterion.value = "l2"
-    edit(explorer, "conv2", 0.5)
+    drag(explorer, "conv2", 0.5)
     plan = lab.plan
     assert {name: s.ratio for name, s in plan.settings.items()} == {"fc1": 0.9, "conv2": 0.5}
     assert lab.model is model

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hand import drag, ratios
 
 import prunelab as pl
 from prunelab.explorer import lab as lab_module
@@ -17,23 +18,8 @@ from prunelab.explorer.summary import summary
 TRAIN, TEST = pl.datasets.fashion_mnist()
 
 
-@pytest.fixture
-def lab() -> pl.Lab:
-    return pl.Lab(pl.zoo.load("lenet"), TRAIN.subset(200), TEST.subset(200), cache=False)
-
-
-def drag(explorer: Explorer, layer: str, ratio: float) -> None:
-    entry = {**explorer.desk.layers[layer], "rule": "ratio", "value": ratio}
-    explorer.desk.layers = {**explorer.desk.layers, layer: entry}
-    explorer.desk.edits += 1
-
-
 def channels(explorer: Explorer) -> list[int]:
     return [row["channels"] for row in explorer.desk.rows]
-
-
-def ratios(lab: pl.Lab) -> dict[str, Any]:
-    return {name: setting.ratio for name, setting in lab.plan.settings.items()}
 
 
 # Cells beside the desk ---------------------------------------------
