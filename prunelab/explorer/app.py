@@ -6,7 +6,6 @@ import html
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
@@ -26,18 +25,17 @@ from prunelab.explorer.desk import (
     units_of,
 )
 from prunelab.explorer.edits import Edits
+from prunelab.explorer.filing import Filing
 from prunelab.explorer.lab import Lab
 from prunelab.explorer.scan_view import ScanView
 from prunelab.explorer.summary import summary
 from prunelab.explorer.tools import Tools
 from prunelab.explorer.train_view import TrainView
 from prunelab.explorer.worker import Worker
-from prunelab.files import replacing
 from prunelab.picture import png
-from prunelab.plan import GRAINS, REPAIRS, Plan
+from prunelab.plan import GRAINS, REPAIRS
 from prunelab.preview import Estimate
 from prunelab.progress import Stopped
-from prunelab.saving import FORMATS
 
 
 def explore(model: nn.Module | Lab, train: Any = None, val: Any = None, **settings: Any) -> Explorer:
@@ -112,14 +110,10 @@ class Explorer(w.VBox):
         self._commit = self._button("commit", self._on_commit, "Make the plan real: a new, smaller network", "primary")
         self._stopper = self._button("stop", self._on_stop, "Stop; what is done so far is kept")
         self._stopper.disabled = True
-        self._export = self._button(
-            "export network", self._on_export, "Write the current network: .pt2 or .safetensors"
-        )
         self._tools = Tools(self)
         self._best = BestView(self)
+        self._files = Filing(self)
         self._training = TrainView(self)
-        self._path = w.Text("plan.json", description="file", layout=w.Layout(width="230px"))
-        self._python = w.Textarea(layout=w.Layout(width="98%", height="120px", display="none"))
         controls = w.VBox([
             self._line(self._criterion, self._grain, self._ratio, self._tools.multiple),
             self._choosing.line,
@@ -131,14 +125,8 @@ class Explorer(w.VBox):
             self._repaired,
             self._tools.times,
             self._training.controls,
-            self._line(
-                self._path,
-                self._button("save plan", self._on_save, "Write the plan as JSON"),
-                self._button("load plan", self._on_load, "Read a plan from JSON"),
-                self._export,
-                self._button("copy as Python", self._on_python, "The plan as Python code"),
-            ),
-            self._python,
+            self._line(*self._files.controls),
+            self._files.python,
         ], layout=w.Layout(margin="8px 0 0 0"))  # fmt: skip
         self._arrange(controls)
         self._repair.observe(self._on_repair, "value")
@@ -216,8 +204,7 @@ class Explorer(w.VBox):
         self.desk.figures = {**figures_of(self.lab), "edits": self._seen, "revision": self.desk.revision}
         self.desk.can = {"undo": self.lab.can_undo, "redo": self.lab.can_redo}
         self._tools.show()
-        if self._python.layout.display != "none":
-            self._python.value = self.lab.plan.to_python()
+        self._files.show()
         self._outdate()
         self._worker.latest(self._estimate)
 
@@ -423,7 +410,7 @@ class Explorer(w.VBox):
     @property
     def alone(self) -> tuple[w.Button, ...]:
         """What cannot go on beside a training: it changes or traces the network, or needs the machine for itself."""
-        return self._commit, self._tools.speed, self._export
+        return self._commit, self._tools.speed, self._files.export
 
     def _on_measure(self) -> None:
         def work() -> str:
@@ -464,49 +451,6 @@ class Explorer(w.VBox):
             return  # it has ended while the click was on its way
         self._stop.set()
         self._say("stopping; what is done so far is kept", busy=True)
-
-    # Files ---------------------------------------------
-
-    def _file(self) -> Path:
-        named = Path(self._path.value.strip())
-        if not named.name:
-            raise PruneLabError("Name a file in the field 'file' first.")
-        return named
-
-    def _plan_file(self) -> Path:
-        named = self._file()
-        if named.suffix.lower() in FORMATS:
-            raise PruneLabError(f"{named} is the name of a network's file: name one for the plan, such as plan.json.")
-        return named
-
-    def _on_save(self) -> None:
-        target = self._plan_file()
-        try:
-            with replacing(target) as beside:
-                beside.write_text(self.lab.plan.to_json())
-        except OSError as error:
-            raise PruneLabError(f"The plan cannot be written to {target}: {error}.") from error
-        self._say(f"The plan is in {target}.")
-
-    def _on_load(self) -> None:
-        source = self._plan_file()
-        if not source.is_file():
-            raise PruneLabError(f"There is no file {source}: name the plan to load in the field 'file'.")
-        plan = Plan.from_json(source.read_text())
-        self._change(lambda: self.lab.use(plan))
-        self._say(f"The plan comes from {source}.")
-
-    def _on_export(self) -> None:
-        # torch.export changes how modules are called, for all threads.
-        self._training.refuse("an export")
-        named = self._file()
-        target = named if named.suffix.lower() in FORMATS else named.with_name("pruned.pt2")
-        self._say(f"The current network is in {self.lab.export(target)}.")
-
-    def _on_python(self) -> None:
-        hidden = self._python.layout.display == "none"
-        self._python.layout.display = "" if hidden else "none"
-        self._python.value = self.lab.plan.to_python()
 
     # Without a kernel ---------------------------------------------
 

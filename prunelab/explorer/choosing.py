@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
@@ -74,14 +75,31 @@ class Choosing:
         name, explorer = change["new"], self._explorer
         if self._showing or name == self._lab.plan.criterion:
             return
-        if get(name).missing(self._lab.profile):
-            explorer._guard(lambda: explorer._job(f"measuring what {name} needs", lambda: self._measure(name)))
-        else:
-            explorer._guard(lambda: explorer._change(lambda: self._lab.criterion(name)))
+        explorer._guard(
+            lambda: self.once_known(name, lambda: self._lab.criterion(name), f"Channels are scored by {name}.")
+        )
         self._back_unless_chosen(name)
 
-    def _measure(self, name: str) -> str:
-        """Measure what a criterion needs, then choose it; gives a sentence about how it ended."""
+    def once_known(self, name: str, action: Callable[[], None], done: str) -> None:
+        """Change the plan to one by a criterion: at once, or after measuring what the criterion needs.
+
+        Args:
+            name: of the criterion.
+            action: the change.
+            done: says how it ended.
+
+        Raises:
+            PruneLabError: there is no such criterion, long work is going on, or what ``action`` raises.
+        """
+        explorer = self._explorer
+        if get(name).missing(self._lab.profile):
+            explorer._job(f"measuring what {name} needs", lambda: self._measured(name, action, done))
+        else:
+            explorer._change(action)
+            explorer._say(done)
+
+    def _measured(self, name: str, action: Callable[[], None], done: str) -> str:
+        """Measure what a criterion needs, then do what needs it; gives a sentence about how it ended."""
         explorer = self._explorer
 
         def progress(done: int, total: int | None, what: str) -> bool:
@@ -90,12 +108,14 @@ class Choosing:
 
         try:
             self._lab.prepare(name, progress)
-            self._lab.criterion(name)
+            action()
         except Stopped:
-            return f"Stopped: the criterion is still {self._lab.plan.criterion}; choose {name} again to go on."
+            return (
+                f"Stopped before all that {name} needs was measured: the plan is as it was, and what is there is kept."
+            )
         finally:
             self.show()
-        return f"Channels are scored by {name}."
+        return done
 
     def _on_combine(self, change: dict[str, Any]) -> None:
         if change["new"] != self._lab.plan.combine:

@@ -64,14 +64,14 @@ def test_a_plan_goes_to_a_file_and_comes_back_or_the_place_is_refused(
 ) -> None:
     lab.set("fc1", ratio=0.5)
     plan = lab.plan
-    explorer._path.value = str(tmp_path / "plan.json")
-    explorer._guard(explorer._on_save)
+    explorer._files.name.value = str(tmp_path / "plan.json")
+    explorer._guard(explorer._files._on_save)
     lab.reset()
     assert lab.plan != plan
-    explorer._guard(explorer._on_load)
+    explorer._guard(explorer._files._on_load)
     assert lab.plan == plan
-    explorer._path.value = str(tmp_path / "nowhere" / "plan.json")
-    explorer._guard(explorer._on_save)
+    explorer._files.name.value = str(tmp_path / "nowhere" / "plan.json")
+    explorer._guard(explorer._files._on_save)
     error = explorer.desk.status["error"]
     assert error.startswith(f"The plan cannot be written to {tmp_path}")
     assert "No such file or directory" in error

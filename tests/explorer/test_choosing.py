@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,11 +52,39 @@ def test_stopped_on_the_way_the_old_criterion_stays(explorer: Explorer, monkeypa
     explorer._criterion.value = "taylor"
     assert explorer._worker.drain(60)
     assert explorer.lab.plan.criterion == explorer._criterion.value == "l1"
-    assert explorer.desk.status["text"].startswith("Stopped: the criterion is still l1")
+    assert explorer.desk.status["text"].startswith(
+        "Stopped before all that taylor needs was measured: the plan is as it was"
+    )
     monkeypatch.undo()
     explorer._criterion.value = "taylor"
     assert explorer._worker.drain(60)
     assert explorer.lab.plan.criterion == "taylor"
+
+
+def test_a_plan_read_from_a_file_waits_for_what_its_criterion_needs(
+    explorer: Explorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, files = explorer.lab, explorer._files
+    files.name.value = str(tmp_path / "plan.json")
+    name = next(layer.name for layer in lab.program.layers if not layer.pinned)
+    wanted = replace(lab.plan, criterion="taylor").set(name, ratio=0.5)
+    (tmp_path / "plan.json").write_text(wanted.to_json())
+    said: list[Any] = []
+    explorer.desk.observe(lambda change: said.append(change["new"]), "status")
+    before = lab.plan
+    monkeypatch.setattr(explorer._stop, "is_set", lambda: True)
+    files.load.click()
+    assert explorer._worker.drain(60)
+    assert lab.plan == before
+    assert explorer.desk.status["text"].startswith("Stopped before all that taylor needs was measured")
+    monkeypatch.undo()
+    files.load.click()
+    assert explorer._worker.drain(60)
+    assert lab.plan == wanted
+    assert explorer._criterion.value == "taylor"
+    assert explorer.desk.layers[name]["value"] == 0.5
+    assert explorer.desk.status["text"] == f"The plan comes from {tmp_path / 'plan.json'}."
+    assert any(each["busy"] and each["progress"] for each in said)
 
 
 def test_a_lab_may_begin_with_any_criterion_and_keeps_it_over_a_commit(lab: pl.Lab) -> None:

@@ -142,8 +142,8 @@ def test_a_plan_is_neither_written_over_nor_read_from_a_network(explorer: Explor
     place = tmp_path / name
     if name:
         place.write_bytes(b"\x80\xff")
-    explorer._path.value = str(place) if name else "  "
-    for act in (explorer._on_save, explorer._on_load):
+    explorer._files.name.value = str(place) if name else "  "
+    for act in (explorer._files._on_save, explorer._files._on_load):
         explorer.desk.status = {**explorer.desk.status, "error": ""}
         explorer._guard(act)
         error = explorer.desk.status["error"]

@@ -95,10 +95,12 @@ def test_planning_goes_on_while_a_network_is_trained(explorer: Explorer) -> None
     assert explorer._worker.drain(60)
 
 
-@pytest.mark.parametrize("name", ["_commit", "_export", "finetune", "squeeze", "speed"])
+@pytest.mark.parametrize("name", ["_commit", "export", "finetune", "squeeze", "speed"])
 def test_what_cannot_go_on_beside_a_training_is_off_and_refused(explorer: Explorer, name: str) -> None:
     view = explorer._training
-    button = next(getattr(part, name) for part in (explorer, view, explorer._tools) if hasattr(part, name))
+    button = next(
+        getattr(part, name) for part in (explorer, view, explorer._tools, explorer._files) if hasattr(part, name)
+    )
     explorer.lab.set("fc1", ratio=0.5)
     begin(explorer, 1000)
     model = explorer.lab.model

@@ -64,8 +64,8 @@ def test_a_plan_with_a_new_multiple_is_one_step(lab: pl.Lab, explorer: Explorer,
     lab.multiple(8)
     explorer._show_network()
     before, steps = lab.plan, len(lab._past)
-    explorer._path.value = str(tmp_path / "plan.json")
-    explorer._guard(explorer._on_load)
+    explorer._files.name.value = str(tmp_path / "plan.json")
+    explorer._guard(explorer._files._on_load)
     assert (lab.plan.multiple, explorer._tools.multiple.value, len(lab._past)) == (12, 12, steps + 1)
     lab.undo()
     assert lab.plan == before
@@ -139,8 +139,8 @@ def test_a_stop_that_comes_late_stops_nothing(explorer: Explorer) -> None:
 
 @pytest.mark.parametrize(("name", "said"), [("", "Name a file in the field"), ("net.pt2", "name of a network's file")])
 def test_a_plan_needs_a_file_of_its_own(explorer: Explorer, tmp_path: Path, name: str, said: str) -> None:
-    explorer._path.value = str(tmp_path / name) if name else ""
-    explorer._guard(explorer._on_save)
+    explorer._files.name.value = str(tmp_path / name) if name else ""
+    explorer._guard(explorer._files._on_save)
     assert said in explorer.desk.status["error"]
     assert list(tmp_path.iterdir()) == []
 
