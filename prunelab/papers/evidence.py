@@ -35,6 +35,9 @@ Paper = Mapping[tuple[str, str], Mapping[str, float]]
 """By (point, stage) the paper's figures: ``accuracy`` and ``change`` as shares of one, ``compression``, ``speedup``."""
 
 
+PROCESSOR_TIME, WALL_TIME = "processor time", "wall time"
+
+
 @dataclass(frozen=True)
 class Measure:
     """One network at one moment.
@@ -81,6 +84,7 @@ class Run:
         shortened: what was made shorter than the reproduction asks, in a sentence; empty where nothing was.
         seconds: of the whole run, as in :class:`Measure`; without what was computed between a measure and a break.
         complete: whether it ran to its end.
+        clock: what the seconds are of: "processor time" or "wall time".
     """
 
     name: str
@@ -92,6 +96,7 @@ class Run:
     seconds: float
     measures: tuple[Measure, ...] = ()
     complete: bool = False
+    clock: str = PROCESSOR_TIME
 
     def write(self, path: Path) -> None:
         """Write JSON, in one step: whoever reads sees the file before or after it."""

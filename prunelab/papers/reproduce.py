@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prunelab.errors import PruneLabError, unknown
-from prunelab.papers.evidence import Measure, Paper, Run, markdown, table
+from prunelab.papers.evidence import PROCESSOR_TIME, WALL_TIME, Measure, Paper, Run, markdown, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +163,10 @@ def reproduce(
 
 def _wanted(chosen: Reproduction, seed: int, short: bool) -> Run:
     command = f"prunelab reproduce {chosen.name} --data DIR --seeds {seed + 1}{' --short' if short else ''}"
-    return Run(chosen.name, seed, command, versions(), hardware(), SHORT if short else chosen.shortened, 0.0)
+    # A processor is often shared, and what others take of it says nothing.
+    clock = WALL_TIME if torch.cuda.is_available() else PROCESSOR_TIME
+    shortened = SHORT if short else chosen.shortened
+    return Run(chosen.name, seed, command, versions(), hardware(), shortened, 0.0, clock=clock)
 
 
 def _before(path: Path, wanted: Run) -> Run | None:
@@ -190,8 +193,7 @@ def _run(chosen: Reproduction, task: Task, before: Run, path: Path) -> Run:
     taken = {measure.row: measure.seconds for measure in before.measures}
     run = replace(before, versions=versions(), hardware=hardware(), measures=(), complete=False)
     task.say(f"{chosen.name}, seed {task.seed}: begins ({chosen.expected}).")
-    # A processor is often shared, and what others take of it says nothing.
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    clock = time.perf_counter if run.clock == WALL_TIME else time.process_time
     last = clock()
     for measure in chosen.run(task):
         now = clock()
@@ -217,7 +219,6 @@ def report(chosen: Reproduction, runs: list[Run]) -> str:
     kinds = {f"{run.hardware}; {', '.join(f'{k} {v}' for k, v in run.versions.items())}" for run in runs}
     notes = dict.fromkeys(f"- {m.point}, {m.method}: {m.note}" for run in runs for m in run.measures if m.note)
     took = ", ".join(f"{run.seconds / 60:.0f} min" if run.seconds >= 60 else f"{run.seconds:.0f} s" for run in runs)
-    time_of = "Wall time" if torch.cuda.is_available() else "Processor time"
     parts = [
         f"# {chosen.name}",
         chosen.summary,
@@ -228,7 +229,7 @@ def report(chosen: Reproduction, runs: list[Run]) -> str:
         *([f"![{chosen.summary}]({chosen.name}.png)"] if chosen.figure is not None else []),
         *([chosen.remarks] if chosen.remarks else []),
         *(["\n".join(notes)] if notes else []),
-        f"Run on: {' | '.join(sorted(kinds))}. {time_of} by seed: {took}.",
+        f"Run on: {' | '.join(sorted(kinds))}. {last.clock.capitalize()} by seed: {took}.",
     ]
     return "\n\n".join(parts) + "\n"
 
