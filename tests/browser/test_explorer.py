@@ -354,7 +354,7 @@ def test_a_search_shows_how_far_it_is_and_can_be_stopped(notebook_page: OpenNote
 
 
 def test_an_error_is_shown_and_changes_nothing(notebook_page: OpenNotebook) -> None:
-    page = notebook_page([*lenet(), "explorer._path.value = 'missing.json'"])
+    page = notebook_page([*lenet(), "explorer._files.name.value = 'missing.json'"])
     found = desk(page)
     button(page, "load plan").click()
     expect(found.locator(".pl-error")).to_contain_text("There is no file missing.json")
