@@ -80,25 +80,25 @@ class Choosing:
         )
         self._back_unless_chosen(name)
 
-    def once_known(self, name: str, action: Callable[[], None], done: str) -> None:
+    def once_known(self, name: str, action: Callable[[], None], ending: str) -> None:
         """Change the plan to one by a criterion: at once, or after measuring what the criterion needs.
 
         Args:
             name: of the criterion.
             action: the change.
-            done: says how it ended.
+            ending: says so when it is done.
 
         Raises:
             PruneLabError: there is no such criterion, long work is going on, or what ``action`` raises.
         """
         explorer = self._explorer
         if get(name).missing(self._lab.profile):
-            explorer._job(f"measuring what {name} needs", lambda: self._measured(name, action, done))
+            explorer._job(f"measuring what {name} needs", lambda: self._measured(name, action, ending))
         else:
             explorer._change(action)
-            explorer._say(done)
+            explorer._say(ending)
 
-    def _measured(self, name: str, action: Callable[[], None], done: str) -> str:
+    def _measured(self, name: str, action: Callable[[], None], ending: str) -> str:
         """Measure what a criterion needs, then do what needs it; gives a sentence about how it ended."""
         explorer = self._explorer
 
@@ -113,9 +113,7 @@ class Choosing:
             return (
                 f"Stopped before all that {name} needs was measured: the plan is as it was, and what is there is kept."
             )
-        finally:
-            self.show()
-        return done
+        return ending
 
     def _on_combine(self, change: dict[str, Any]) -> None:
         if change["new"] != self._lab.plan.combine:

@@ -86,4 +86,4 @@ class Filing:
     def _on_python(self) -> None:
         hidden = self.python.layout.display == "none"
         self.python.layout.display = "" if hidden else "none"
-        self.python.value = self._lab.plan.to_python()
+        self.show()
